@@ -1,0 +1,286 @@
+"""The configuration of an engine and its server: one frozen tree, from a TOML file and the command line.
+
+1. Every field has a type, a default, its unit in its name and one line of help; flags and TOML keys come from it.
+2. Precedence: command line, then the TOML file of --config, then the default. Nobody writes to a config.
+3. The environment is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jaxserve.errors import ConfigError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model to serve, and at which precision."""
+
+    model: str = _option(DEFAULT_MODEL, "hub id, directory of safetensors, .gguf file or Orbax directory")
+    revision: str | None = _option(None, "branch, tag or commit of the model on the hub")
+    tokenizer: str | None = _option(None, "hub id or directory of the tokenizer; default: the model's own")
+    chat_template: str | None = _option(None, "file with a Jinja chat template; default: the model's own, else a documented plain one")
+    dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "weights and activations; auto: float32 on CPU, bfloat16 on TPU and GPU")
+    max_len: int | None = _option(None, "most tokens of prompt and answer together; default: what the model was trained for")
+    seed: int = _option(0, "seed of requests that bring none is drawn from this")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged cache of keys and values."""
+
+    page_size: int = _option(16, "tokens a page")
+    num_pages: int | None = _option(None, "pages in the cache; default: as many as memory allows")
+    cache_bytes: int | None = _option(None, "bytes for the cache; default: from memory_utilization")
+    memory_utilization: float = _option(0.9, "share of the device's memory to use in all (CPU: of what is free, at most 4 GiB of cache)")
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "type of cached keys and values; auto: dtype")
+    prefix_cache: bool = _option(True, "keep full pages of past prompts and reuse them for prompts that begin alike")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """How requests share the steps."""
+
+    max_rows: int | None = _option(None, "most requests in one step; default: 64 on CPU, 256 elsewhere")
+    max_step_tokens: int | None = _option(None, "most tokens in one step; longer prompts are cut; default: 512 on CPU, 2048 elsewhere")
+    max_mixed_tokens: int | None = _option(
+        None, "most tokens in a step while answers are being written; bounds the time between their tokens; default: a quarter of max_step_tokens"
+    )
+    max_queue: int = _option(4096, "most requests waiting; beyond it clients get 429")
+    max_queue_tokens: int = _option(8_000_000, "most prompt tokens waiting; beyond it clients get 429")
+    overlap: bool = _option(True, "prepare the next step while the device works on this one")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CompileConfig:
+    """Which shapes are compiled, and how."""
+
+    decode_rows: tuple[int, ...] | None = _option(None, "row counts to compile decode steps for, e.g. 1,4,16; default: powers of two")
+    prefill_tokens: tuple[int, ...] | None = _option(None, "token counts to compile mixed steps for; default: spaced up to max_step_tokens")
+    layer_loop: Literal["auto", "scan", "unroll"] = _option("auto", "layers as a loop or written out; auto: scan on TPU, unroll on GPU and CPU")
+    compile_threads: int | None = _option(None, "shapes compiled at a time; default: one per core, at most 8")
+    cache_dir: str | None = _option(None, "downloads and compiled programs; default: $JAXSERVE_CACHE or ~/.cache/jaxserve")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP front end."""
+
+    host: str = _option("0.0.0.0", "address to listen on")
+    port: int = _option(8000, "port to listen on; 0 takes a free one")
+    api_key: tuple[str, ...] = _option((), "keys that clients must send, comma-separated; default: $JAXSERVE_API_KEY, else none needed")
+    served_model_name: tuple[str, ...] = _option((), "names that clients may use, the first is shown; default: --model")
+    cors_origins: tuple[str, ...] = _option((), "origins allowed by CORS, comma-separated; default: CORS is off")
+    max_body_bytes: int = _option(8 << 20, "largest request body; beyond it clients get 413")
+    read_timeout_s: float = _option(30.0, "longest wait for a client to send its whole request")
+    write_timeout_s: float = _option(120.0, "longest wait for a client to take a piece of a streamed answer; then the stream is given up")
+    drain_timeout_s: float = _option(30.0, "longest wait for running answers after SIGTERM")
+    stall_timeout_s: float = _option(120.0, "a step that takes longer makes /health answer 503")
+    metrics_auth: bool = _option(False, "ask for the API key on /metrics too")
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "least severe messages to log")
+    access_log: bool = _option(False, "log a line per HTTP request")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides how an engine behaves; the sections are the tables of the TOML file."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        problems = [*_problems_of_model(self), *_problems_of_server(self)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def cache_path(self) -> pathlib.Path:
+        """Directory for downloads and compiled programs."""
+        chosen = self.compile.cache_dir or os.environ.get("JAXSERVE_CACHE") or "~/.cache/jaxserve"
+        return pathlib.Path(chosen).expanduser()
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """Keys that clients may present; empty when none is needed."""
+        key = os.environ.get("JAXSERVE_API_KEY")
+        return self.server.api_key or ((key,) if key else ())
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """Model names that clients may use, the first is the one shown."""
+        return self.server.served_model_name or (self.model.model,)
+
+
+def _problems_of_model(config: EngineConfig) -> list[str]:
+    checks = [
+        (config.model.max_len is None or config.model.max_len >= 1, f"--max-len={config.model.max_len} must be at least 1"),
+        (1 <= config.cache.page_size <= 1024, f"--page-size={config.cache.page_size} must be in [1, 1024]"),
+        (config.cache.num_pages is None or config.cache.num_pages >= 2, f"--num-pages={config.cache.num_pages} must be at least 2"),
+        (0 < config.cache.memory_utilization <= 1, f"--memory-utilization={config.cache.memory_utilization} must be in (0, 1]"),
+        (config.schedule.max_rows is None or 1 <= config.schedule.max_rows <= 4096, "--max-rows must be in [1, 4096]"),
+        (config.schedule.max_step_tokens is None or config.schedule.max_step_tokens >= 1, "--max-step-tokens must be at least 1"),
+        (config.schedule.max_mixed_tokens is None or config.schedule.max_mixed_tokens >= 1, "--max-mixed-tokens must be at least 1"),
+        (config.schedule.max_queue >= 1, "--max-queue must be at least 1"),
+        (all(n >= 1 for n in config.compile.decode_rows or ()), "--decode-rows must be positive"),
+        (all(n >= 1 for n in config.compile.prefill_tokens or ()), "--prefill-tokens must be positive"),
+        (config.compile.compile_threads is None or config.compile.compile_threads >= 1, "--compile-threads must be at least 1"),
+    ]
+    return [problem for holds, problem in checks if not holds]
+
+
+def _problems_of_server(config: EngineConfig) -> list[str]:
+    server = config.server
+    checks = [
+        (0 <= server.port <= 65535, f"--port={server.port} must be in [0, 65535]"),
+        (server.max_body_bytes >= 1024, "--max-body-bytes must be at least 1024"),
+        (server.read_timeout_s > 0, "--read-timeout-s must be positive"),
+        (server.write_timeout_s > 0, "--write-timeout-s must be positive"),
+        (server.drain_timeout_s >= 0, "--drain-timeout-s must not be negative"),
+        (server.stall_timeout_s > 0, "--stall-timeout-s must be positive"),
+    ]
+    return [problem for holds, problem in checks if not holds]
+
+
+def make_config(values: Mapping[str, Any]) -> EngineConfig:
+    """A config from flat field names, e.g. {"model": "x", "max_len": 512}; unknown names raise ConfigError."""
+    owners = {field.name: section for section, kind in _sections() for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(owners))
+    if unknown:
+        raise ConfigError(f"unknown options: {', '.join(unknown)}; known: {', '.join(sorted(owners))}")
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        nested.setdefault(owners[name], {})[name] = value
+    return _from_nested(nested, "options")
+
+
+def read_toml(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file; unknown tables or keys and ill-typed values raise ConfigError naming them."""
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    _from_nested(tables, str(path))
+    return tables
+
+
+def parse_args(argv: Sequence[str]) -> EngineConfig:
+    """The config of a command line; --help and malformed lines exit, as argparse does.
+
+    Raises: ConfigError listing every value that cannot work.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxserve.serve", description="Serve a language model over the OpenAI API.", argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110), allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the options below; the command line wins")
+    for section, kind in _sections():
+        group = parser.add_argument_group(section, (kind.__doc__ or "").strip())
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            _add_flag(group, section, field, hints[field.name])
+    given = vars(parser.parse_args(argv))
+    nested = read_toml(given.pop("config")) if "config" in given else {}
+    for name, value in given.items():
+        section, _, field_name = name.partition(".")
+        nested.setdefault(section, {})[field_name] = value
+    return _from_nested(nested, "command line")
+
+
+def _sections() -> list[tuple[str, type]]:
+    hints = typing.get_type_hints(EngineConfig)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(EngineConfig)]
+
+
+def _add_flag(group: Any, section: str, field: dataclasses.Field[Any], hint: Any) -> None:
+    flag, dest = "--" + field.name.replace("_", "-"), f"{section}.{field.name}"
+    default = "" if field.default is None or field.default == () else f" (default: {field.default})"
+    text = str(field.metadata["help"]) + default
+    inner = _without_none(hint)
+    if inner is bool:
+        group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
+    elif typing.get_origin(inner) is Literal:
+        group.add_argument(flag, dest=dest, choices=typing.get_args(inner), help=text.replace("%", "%%"))
+    elif typing.get_origin(inner) is tuple:
+        item = typing.get_args(inner)[0]
+        metavar = "N,N,..." if item is int else "A,B,..."
+        group.add_argument(flag, dest=dest, type=lambda value: tuple(item(part) for part in value.split(",") if part), metavar=metavar, help=text)
+    else:
+        group.add_argument(flag, dest=dest, type=inner, metavar=inner.__name__.upper(), help=text.replace("%", "%%"))
+
+
+def _from_nested(nested: Mapping[str, Any], source: str) -> EngineConfig:
+    problems: list[str] = []
+    sections: dict[str, Any] = {}
+    kinds = dict(_sections())
+    for section, values in nested.items():
+        if section not in kinds or not isinstance(values, Mapping):
+            problems.append(f"{source}: no table [{section}]; there are {', '.join(kinds)}")
+            continue
+        hints = typing.get_type_hints(kinds[section])
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in hints:
+                problems.append(f"{source}: [{section}] has no option {name}; it has {', '.join(hints)}")
+            elif not _fits(value, hints[name]):
+                problems.append(f"{source}: {section}.{name}={value!r} is not {_describe(hints[name])}")
+            else:
+                checked[name] = _coerce(value, hints[name])
+        if not problems:
+            sections[section] = kinds[section](**checked)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return EngineConfig(**sections)
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    return hint
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if value is None:
+        return isinstance(hint, types.UnionType)
+    inner = _without_none(hint)
+    if typing.get_origin(inner) is Literal:
+        return value in typing.get_args(inner)
+    if typing.get_origin(inner) is tuple:
+        item = typing.get_args(inner)[0]
+        return isinstance(value, list | tuple) and all(_fits(part, item) for part in value)
+    if inner is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is inner
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    inner = _without_none(hint)
+    if value is not None and typing.get_origin(inner) is tuple:
+        return tuple(value)
+    return float(value) if inner is float and value is not None else value
+
+
+def _describe(hint: Any) -> str:
+    inner = _without_none(hint)
+    if typing.get_origin(inner) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(inner)))
+    if typing.get_origin(inner) is tuple:
+        return f"a list of {typing.get_args(inner)[0].__name__}"
+    return f"of type {inner.__name__}"

@@ -1,0 +1,254 @@
+"""Requests and their answers: the plain data that crosses from clients to the engine and back.
+
+1. A front end validates once and makes a `SamplingParams`.
+2. The engine turns prompt ids and params into a `Request`, which only the scheduler writes.
+3. Each step yields a `RequestOutput` per advanced request: what is new since the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from jaxserve.errors import UserError
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 64
+MAX_N = 16
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+Status = Literal["waiting", "running", "preempted", "finished"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one request; the fields, defaults and meanings are those of vLLM's `SamplingParams`.
+
+    Args:
+      max_tokens: most tokens to sample; None means as many as the context holds.
+      temperature: 0 is greedy.
+      top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+      top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+      min_p: drop tokens less likely than min_p times the likeliest, in [0, 1].
+      presence_penalty: subtracted from the logit of each token sampled before, in [-2, 2].
+      frequency_penalty: subtracted once per earlier occurrence in the output, in [-2, 2].
+      repetition_penalty: divides (or multiplies, when negative) logits of tokens of prompt and output; > 0.
+      logit_bias: token id -> value in [-100, 100], added to its logit.
+      min_tokens: end-of-sequence and stop token ids are not sampled before this many tokens.
+      seed: makes the request's tokens repeatable; None draws one at arrival.
+      n: independent answers to one prompt; the front end makes n requests of it.
+      stop: strings that end the output, cut from it unless include_stop_str_in_output.
+      stop_token_ids: token ids that end the output, as the end-of-sequence id does.
+      ignore_eos: go on past the end-of-sequence token.
+      logprobs: top log-probabilities to return per sampled token (the sampled one always comes too).
+      prompt_logprobs: the same for each prompt token.
+      skip_special_tokens: leave special tokens out of the text.
+    Raises: UserError naming the field, on a value out of range.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    min_tokens: int = 0
+    seed: int | None = None
+    n: int = 1
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
+        self._check_counts()
+        self._check_floats()
+        self._check_lists()
+
+    def _check_counts(self) -> None:
+        if self.max_tokens is not None:
+            _check_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _check_range("top_k", self.top_k, 0, 2**31 - 1)
+        _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _check_range("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError("min_tokens", f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+        if self.seed is not None:
+            _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+
+    def _check_floats(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise UserError("top_p", "top_p=0 keeps no token; it must be in (0, 1]")
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
+        if self.repetition_penalty == 0:
+            raise UserError("repetition_penalty", "repetition_penalty=0 is not allowed; it must be above 0")
+
+    def _check_lists(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise UserError("stop", f"{len(self.stop)} stop strings given; at most {MAX_STOP_STRINGS} are allowed")
+        for text in self.stop:
+            if not text:
+                raise UserError("stop", "a stop string must not be empty")
+            if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_CHARS:
+                raise UserError("stop", f"a stop string may have at most {MAX_STOP_CHARS} bytes")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise UserError("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} stop token ids are allowed")
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise UserError("logit_bias", f"{len(bias)} entries given; at most {MAX_LOGIT_BIAS} are allowed")
+        for value in bias.values():
+            _check_range("logit_bias", value, -100.0, 100.0)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise UserError if any token id lies outside the logits' width `vocab_size`."""
+        for field, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise UserError(field, f"token id {token} is outside the vocabulary of {vocab_size} tokens")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens seen so far change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One sequence in the engine; written by the scheduler alone.
+
+    Args:
+      id: the engine's own id, never a client's.
+      prompt_ids: token ids of the prompt.
+      params: how to sample; max_tokens is set (not None) and fits the context.
+      priority: lower goes first; ties go by arrival.
+      arrival_s: time.monotonic() at arrival.
+      seed: the number that the request's random keys derive from, 32 bits.
+      cache_salt: keeps the prefix cache of one tenant from another; None shares.
+      stop_ids: token ids that end the output (end-of-sequence and stop_token_ids; empty of eos with ignore_eos).
+      output_ids: tokens sampled and collected.
+      num_computed: leading tokens of prompt + output whose keys and values are in the cache, or will be once
+        the steps already dispatched have run.
+      num_in_flight: tokens sampled by dispatched steps and not collected yet.
+      pages: ids of the pages that hold the keys and values, in order.
+      slot: index of the row of per-request sampling state on the device while running, else -1.
+      num_cached: prompt tokens that the prefix cache held at the first admission.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    arrival_s: float = 0.0
+    seed: int = 0
+    cache_salt: str | None = None
+    stop_ids: frozenset[int] = frozenset()
+    output_ids: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    num_in_flight: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    num_cached: int = -1
+    num_preemptions: int = 0
+    status: Status = "waiting"
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose ids the host knows: prompt and collected output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output, those in flight included."""
+        return self.num_known + self.num_in_flight
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, natural logarithm, of the raw (untempered, unpenalized) distribution.
+
+    Args:
+      token_id: the token that stands at this position.
+      logprob: its log-probability, finite.
+      rank: 1-based rank of that token.
+      top: the likeliest tokens, best first, as (token id, log-probability).
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What one request gained since its last output; the sum of all of them is the answer.
+
+    Args:
+      id: the engine's id of the request.
+      text: text that became certain (never half a character, never part of a stop string).
+      token_ids: tokens sampled since the last output.
+      logprobs: one per token of token_ids if asked for, else None.
+      prompt_logprobs: in the first output that has them: one per prompt token, the first None; else None.
+      finish_reason: set in the last output, and only there.
+      stop_reason: the stop string or token id that ended it; None for end-of-sequence and for length.
+      num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+      error: message for the client when finish_reason is "error".
+    """
+
+    id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    error: str | None = None
+
+
+def merge_outputs(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """The two consecutive outputs of one request as one, for a reader who was slower than the engine."""
+    assert first.finish_reason is None, f"{first.finish_reason=} but another output follows"
+    return dataclasses.replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=None if first.logprobs is None and second.logprobs is None else (first.logprobs or ()) + (second.logprobs or ()),
+        prompt_logprobs=first.prompt_logprobs if second.prompt_logprobs is None else second.prompt_logprobs,
+    )
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(field, f"{field} must be a number, not {type(value).__name__}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise UserError(field, f"{field}={value!s:.40} is out of range; it must be in [{low}, {high}]")
