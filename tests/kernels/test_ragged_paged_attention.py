@@ -1,0 +1,128 @@
+"""Every implementation of ragged paged attention against the reference, and the reference against a loop in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.cases import CASES, FEATURES, Case, make_inputs
+
+ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks")
+
+
+def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    arrays = {name: jnp.asarray(value) for name, value in inputs.items() if name in ARRAYS}
+    static = {name: value for name, value in inputs.items() if name not in ARRAYS}
+
+    @jax.jit
+    def call(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        positional = [arrays[name] for name in ARRAYS[:5]]
+        return ragged_paged_attention(*positional, implementation=implementation, **{n: arrays[n] for n in arrays if n not in ARRAYS[:5]}, **static)
+
+    out, pages = call(arrays)
+    return np.asarray(out, np.float32), np.asarray(pages, np.float32)
+
+
+def by_hand(case: Case, inputs: dict[str, Any]) -> np.ndarray:
+    """Attention as the definition says, one query and head at a time, in float64."""
+    q, k, v, layer = inputs["q"].astype(np.float64), inputs["k"].astype(np.float64), inputs["v"].astype(np.float64), int(inputs["layer"])
+    T, N, H = q.shape
+    G, Hv = N // case.num_kv_heads, v.shape[2]
+    out = np.zeros((T, N, Hv))
+    for s, (count, length) in enumerate(case.rows):
+        first = inputs["query_start"][s]
+        keys, values = np.zeros((length, case.num_kv_heads, H)), np.zeros((length, case.num_kv_heads, Hv))
+        for p in range(length):
+            if p >= length - count:
+                keys[p], values[p] = k[first + p - length + count], v[first + p - length + count]
+            else:
+                cached = inputs["pages"][layer, inputs["page_table"][s, p // case.page_size], p % case.page_size]
+                keys[p], values[p] = cached[0::2], cached[1::2, :Hv]
+        for t in range(count):
+            position = length - count + t
+            for n in range(N):
+                scores = keys[:, n // G] @ q[first + t, n] * inputs["sm_scale"]
+                if inputs.get("softcap"):
+                    scores = inputs["softcap"] * np.tanh(scores / inputs["softcap"])
+                distance = np.arange(length) - position
+                if "alibi_slopes" in inputs:
+                    scores = scores + inputs["alibi_slopes"][n] * distance
+                seen = (distance <= 0) | (not inputs.get("causal", True))
+                if inputs.get("window"):
+                    seen &= distance > -inputs["window"]
+                weights = np.where(seen, np.exp(scores), 0)
+                total = weights.sum() + (np.exp(inputs["sinks"][n]) if "sinks" in inputs else 0)
+                out[first + t, n] = weights @ values[:, n // G] / total
+    return out
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_xla_equals_reference(case: Case, feature: str) -> None:
+    inputs = make_inputs(case, FEATURES[feature])
+    expected, expected_pages = run("reference", inputs)
+    out, pages = run("xla", inputs)
+    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)  # float32, sums in another order
+    np.testing.assert_array_equal(pages, expected_pages)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.num_tokens < 80], ids=lambda case: case.name)
+def test_reference_equals_the_definition(case: Case, feature: str) -> None:
+    inputs = make_inputs(case, FEATURES[feature])
+    out, _ = run("reference", inputs)
+    np.testing.assert_allclose(out, by_hand(case, inputs), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if all(count <= 1 for count, _ in case.rows)], ids=lambda case: case.name)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_one_token_rows_changes_nothing(case: Case, feature: str) -> None:
+    inputs = make_inputs(case, FEATURES[feature])
+    T, S = inputs["q"].shape[0], len(case.rows)
+    for name in ("q", "k", "v"):
+        inputs[name] = np.concatenate([inputs[name], np.full((S - T, *inputs[name].shape[1:]), np.nan, np.float32)])
+    expected, _ = run("reference", inputs)
+    out, _ = run("xla", {**inputs, "one_token_rows": True})
+    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_other_layers_and_free_pages_stay_untouched(implementation: str) -> None:
+    case = CASES[3]
+    inputs = make_inputs(case, {})
+    inputs["pages"] = np.nan_to_num(inputs["pages"], nan=7.0)
+    _, pages = run(implementation, inputs)
+    changed = np.argwhere((pages != inputs["pages"]).any(axis=(3, 4)))
+    assert {layer for layer, *_ in changed} == {int(inputs["layer"])}
+    assert len(changed) == case.num_tokens
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("float8_e4m3fn", 0.2), ("int8", 0.05)])
+def test_narrow_cache_stays_within_its_rounding(implementation: str, dtype: str, tolerance: float) -> None:
+    case = Case(name="prompt only", rows=((13, 13), (1, 1)))
+    inputs = make_inputs(case, {})
+    exact, _ = run("reference", inputs)
+    scale = 4.0 / 127 if dtype == "int8" else 0.5
+    inputs["pages"] = jnp.zeros(inputs["pages"].shape, dtype)
+    out, pages = run(implementation, {**inputs, "k_scale": scale, "v_scale": scale})
+    assert np.isfinite(pages).all()
+    np.testing.assert_allclose(out, exact, atol=tolerance)  # values up to 3, rounded to 8, 4 and 7 bits
+
+
+@given(st.data())
+def test_xla_equals_reference_on_random_batches(data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=4, max_size=4))
+    case = Case(name="random", rows=tuple((count, count + (before if count else 0)) for count, before in rows), padding=40 - sum(c for c, _ in rows))
+    inputs = make_inputs(case, FEATURES["all"], seed=data.draw(st.integers(0, 99)))
+    P = 6  # one shape for all examples
+    inputs["page_table"] = np.pad(inputs["page_table"], ((0, 0), (0, P - inputs["page_table"].shape[1])))
+    inputs["pages"] = np.pad(inputs["pages"], ((0, 0), (0, 24 - inputs["pages"].shape[1]), (0, 0), (0, 0), (0, 0)), constant_values=np.nan)
+    np.testing.assert_allclose(run("xla", inputs)[0], run("reference", inputs)[0], atol=2e-6, rtol=2e-5)
