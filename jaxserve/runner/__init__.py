@@ -1,0 +1,1 @@
+"""Everything that touches the device: shapes, packing, the compiled step, memory."""

@@ -1,0 +1,59 @@
+"""Ahead-of-time compilation of every shape, in parallel threads, and the counter that proves nothing compiles later."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxserve.metrics import Metrics
+
+
+def use_compile_cache(directory: pathlib.Path) -> None:
+    """Let jax keep compiled programs in a directory, so that the next start finds them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def count_compiles(metrics: Metrics) -> None:
+    """Count every program that jax compiles, or fetches from its cache, in this process from here on."""
+    target = weakref.ref(metrics)  # jax keeps its listeners for ever
+
+    def listen(event: str, _seconds: float, **_: Any) -> None:
+        living = target()
+        if living is not None and event == "/jax/core/compile/backend_compile_duration":
+            living.compiles.inc()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def compile_all(
+    programs: Mapping[str, Callable[[], Any]], *, threads: int | None, progress: Callable[[int, int, str], None]
+) -> dict[str, Any]:
+    """Compile named programs.
+
+    Args:
+      programs: name -> function that lowers and compiles; started in this order.
+      threads: how many at a time; None is one per core, at most 8.
+      progress: called with (done, all, name) as each is ready.
+    Returns: name -> executable.
+    """
+    workers = threads or min(os.cpu_count() or 1, 8)
+    compiled: dict[str, Any] = {}
+    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
+        futures = {pool.submit(build): name for name, build in programs.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                compiled[futures[future]] = future.result()
+                progress(len(compiled), len(programs), futures[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return compiled

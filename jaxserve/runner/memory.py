@@ -1,0 +1,71 @@
+"""How many pages fit, and the table of where memory goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import jax
+import psutil
+
+from jaxserve.config import CacheConfig
+from jaxserve.errors import ConfigError
+
+CPU_CACHE_BYTES = 4 << 30  # a CPU shares its memory with everything else
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one device, and the pages that they leave room for."""
+
+    total: int
+    weights: int
+    cache: int
+    state: int
+    temporaries: int
+    num_pages: int
+
+    def table(self) -> str:
+        """One line per use of memory, and what is free."""
+        rows = {"weights": self.weights, "cache": self.cache, "sampling state": self.state, "temporaries": self.temporaries}
+        rows["free"] = self.total - sum(rows.values())
+        lines = [f"  {name:<15}{size / 2**30:>9.3f} GiB  {100 * size / self.total:>5.1f} %" for name, size in rows.items()]
+        return "\n".join([f"memory of one device: {self.total / 2**30:.3f} GiB, {self.num_pages} cache pages", *lines])
+
+
+def num_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """Bytes of abstract arrays."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def plan_memory(
+    cache: CacheConfig, *, weights: int, state: int, temporaries: int, page_bytes: int, page_size: int, max_len: int, max_pages: int
+) -> MemoryPlan:
+    """Divide one device's memory.
+
+    Args:
+      weights, state, temporaries: bytes that are needed whatever the cache.
+      page_bytes: of one page over all layers.
+      max_pages: more than this the scheduler could never use.
+    Raises: ConfigError if no useful cache fits.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    total = stats["bytes_limit"] if stats else psutil.virtual_memory().available
+    room = int(total * cache.memory_utilization) - weights - state - temporaries
+    if cache.num_pages is not None:
+        num_pages = cache.num_pages
+    elif cache.cache_bytes is not None:
+        num_pages = cache.cache_bytes // page_bytes
+    else:
+        num_pages = min(room if stats else min(room, CPU_CACHE_BYTES), max_pages * page_bytes) // page_bytes
+    needed = 2 if cache.num_pages or cache.cache_bytes else 1 + -(-min(max_len, 256) // page_size)
+    if num_pages < needed or num_pages * page_bytes > max(room, 0):
+        raise ConfigError(
+            f"{num_pages} cache pages of {page_bytes} bytes do not fit: of {total} bytes, weights take {weights}, sampling state {state}, "
+            f"temporaries about {temporaries}; lower --max-rows, --max-step-tokens, --num-pages or --cache-bytes, or raise --memory-utilization"
+        )
+    return MemoryPlan(
+        total=total, weights=weights, cache=num_pages * page_bytes, state=state, temporaries=temporaries, num_pages=num_pages
+    )

@@ -1,0 +1,179 @@
+"""A schedule as one array of 32-bit words: one transfer a step, taken apart again by static offsets inside the step.
+
+Per-slot rows (page table, sampling parameters) are kept on the host and gathered, so that a step costs little per request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.models.batch import Batch
+from jaxserve.request import Request
+from jaxserve.runner.sampling import BIAS, LOGPROBS, MIN_TOKENS, PENALTIES, SamplingRows
+from jaxserve.runner.shapes import StepShape
+from jaxserve.scheduler.schedule import Row, Schedule
+
+FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each field lies in the packed words of a shape.
+
+    Args:
+      shape: T and S.
+      num_pages: P, entries of a row of the page table.
+    """
+
+    shape: StepShape
+    num_pages: int
+
+    def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Field -> (offset in words, shape)."""
+        return _fields(self.shape, self.num_pages)
+
+    @property
+    def num_words(self) -> int:
+        """Length of the packed array."""
+        offset, shape = self.fields()["page_table"]
+        return offset + shape[0] * shape[1]
+
+
+@functools.cache
+def _fields(shape: StepShape, num_pages: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+    T, S = shape.tokens, shape.rows
+    shapes: dict[str, tuple[int, ...]] = {
+        "tokens": (T,), "positions": (T,), "targets": (T if shape.kind == "score" else 0,), "query_start": (S + 1,), "kv_len": (S,),
+        "slot": (S,), "seed": (S,), "wants": (S,), "top_k": (S,), "floats": (S, len(FLOATS)), "page_table": (S, num_pages),
+    }  # fmt: skip
+    fields, offset = {}, 0
+    for name, dims in shapes.items():
+        fields[name] = (offset, dims)
+        offset += int(np.prod(dims))
+    return fields
+
+
+def unpack(packed: jax.Array, layout: Layout, last_token: jax.Array) -> tuple[Batch, SamplingRows, jax.Array]:
+    """The batch, the sampling rows and the prompt's target tokens of i32[num_words]; traced inside the step.
+
+    Args:
+      last_token: i32[max_rows] on the device; a token of -1 - slot stands for the one sampled last in that slot.
+    """
+
+    def take(name: str) -> jax.Array:
+        offset, dims = layout.fields()[name]
+        return packed[offset : offset + int(np.prod(dims))].reshape(dims)
+
+    tokens, query_start, kv_len = take("tokens"), take("query_start"), take("kv_len")
+    tokens = jnp.where(tokens < 0, last_token[jnp.clip(-1 - tokens, 0, last_token.shape[0] - 1)], tokens)
+    batch = Batch(
+        tokens=tokens, positions=take("positions"), page_table=take("page_table"), query_start=query_start, kv_len=kv_len,
+        one_token_rows=layout.shape.kind == "decode",
+    )  # fmt: skip
+    floats = jax.lax.bitcast_convert_type(take("floats"), jnp.float32)
+    rows = SamplingRows(
+        slot=take("slot"), seed=take("seed").astype(jnp.uint32), position=kv_len, wants=take("wants"), top_k=take("top_k"),
+        **{name: floats[:, i] for i, name in enumerate(FLOATS)},
+    )  # fmt: skip
+    return batch, rows, take("targets")
+
+
+class Packer:
+    """Writes schedules into words.
+
+    Args:
+      max_rows: number of slots.
+      num_pages: P.
+    """
+
+    def __init__(self, *, max_rows: int, num_pages: int) -> None:
+        self._num_pages = num_pages
+        self._owner: list[tuple[Request, int] | None] = [None] * max_rows
+        self._pages_written = [0] * max_rows
+        self._page_table = np.zeros((max_rows, num_pages), np.int32)
+        self._ints = np.zeros((max_rows, 3), np.int32)  # seed, wants, top_k
+        self._floats = np.zeros((max_rows, len(FLOATS)), np.float32)
+
+    def assign(self, request: Request) -> bool:
+        """Make the request's slot its own; False if it was already."""
+        owner, slot = (request, request.num_preemptions), request.slot
+        if self._owner[slot] == owner:
+            return False
+        self._owner[slot] = owner
+        self._pages_written[slot] = 0
+        params = request.params
+        wants = PENALTIES * params.has_penalties + BIAS * bool(params.logit_bias) + LOGPROBS * (params.logprobs is not None)
+        self._ints[slot] = np.array([request.seed & 0xFFFFFFFF, wants, params.top_k], np.uint32).view(np.int32)
+        self._floats[slot] = [getattr(params, name) for name in FLOATS]
+        return True
+
+    def pack(self, schedule: Schedule, layout: Layout) -> np.ndarray:
+        """i32[layout.num_words] for the rows of the schedule, all of them assigned."""
+        words = np.zeros(layout.num_words, np.int32)
+        view = {name: words[offset : offset + int(np.prod(dims))].reshape(dims) for name, (offset, dims) in layout.fields().items()}
+        rows = schedule.rows
+        slots = [row.request.slot for row in rows]
+        counts = [row.count for row in rows]
+        S = len(rows)
+        view["query_start"][1 : S + 1] = np.cumsum(counts)
+        view["query_start"][S + 1 :] = schedule.num_tokens
+        view["kv_len"][:S] = [row.start + row.count for row in rows]
+        view["slot"][:] = -1
+        if layout.shape.kind == "decode":
+            view["tokens"][:S] = [_token_at(row.request, row.start) for row in rows]
+            view["positions"][:S] = [row.start for row in rows]
+        else:
+            self._pack_tokens(rows, view)
+        for row in rows:
+            self._extend_pages(row.request)
+        view["page_table"][:S] = self._page_table[slots]
+        sampled = np.fromiter((row.samples for row in rows), bool, S)
+        view["slot"][:S] = np.where(sampled, slots, -1)
+        ints = self._ints[slots]
+        view["seed"][:S], view["wants"][:S], view["top_k"][:S] = ints[:, 0], ints[:, 1], ints[:, 2]
+        view["floats"][:S] = self._floats[slots].view(np.int32)
+        for i, row in enumerate(rows):
+            request = row.request
+            if request.params.min_tokens and row.start + row.count - len(request.prompt_ids) < request.params.min_tokens:
+                view["wants"][i] |= MIN_TOKENS
+        return words
+
+    def _pack_tokens(self, rows: tuple[Row, ...], view: dict[str, np.ndarray]) -> None:
+        at = 0
+        for row in rows:
+            request, end = row.request, row.start + row.count
+            prompt_len = len(request.prompt_ids)
+            if row.count == 1:
+                view["tokens"][at] = _token_at(request, row.start)
+            else:
+                assert end <= request.num_known, f"{end=} {request.num_known=}: a token in flight is always a row of its own"
+                ids = request.prompt_ids[row.start : end]
+                if end > prompt_len:
+                    ids = ids + request.output_ids[max(row.start - prompt_len, 0) : end - prompt_len]
+                view["tokens"][at : at + row.count] = ids
+            view["positions"][at : at + row.count] = np.arange(row.start, end)
+            if len(view["targets"]) and request.params.prompt_logprobs is not None:
+                following = request.prompt_ids[row.start + 1 : end + 1]
+                view["targets"][at : at + len(following)] = following
+            at += row.count
+
+    def _extend_pages(self, request: Request) -> None:
+        slot, written = request.slot, self._pages_written[request.slot]
+        if len(request.pages) > written:
+            self._page_table[slot, written : len(request.pages)] = request.pages[written:]
+            self._pages_written[slot] = len(request.pages)
+
+
+def _token_at(request: Request, position: int) -> int:
+    """The token id at a position, or -1 - slot if it is still on the device."""
+    prompt_len = len(request.prompt_ids)
+    if position < prompt_len:
+        return request.prompt_ids[position]
+    if position < request.num_known:
+        return request.output_ids[position - prompt_len]
+    return -1 - request.slot

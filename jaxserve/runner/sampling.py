@@ -1,0 +1,231 @@
+"""Sampling on the device: every feature in one fixed pytree with neutral values, none of them recompiles anything.
+
+1. Logits of the rows that sample, float32.
+2. Bans (min_tokens), logit_bias and penalties, for batches that have any.
+3. Temperature, min_p, top_k, top_p, for batches that have any; then one uniform number a row picks from the distribution.
+4. Log-probabilities of the raw logits, for batches that want any.
+
+A row's random number depends on its seed and on the position of the token alone, so that its tokens do not depend on its company.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+
+PENALTIES, BIAS, MIN_TOKENS, LOGPROBS = 1, 2, 4, 8
+MAX_BANNED = MAX_STOP_TOKEN_IDS + 16  # stop token ids and end-of-sequence ids
+INVALID_TOKEN = -1  # sampled from logits that are not finite
+SEEN_CHUNK = 1024  # token ids that one call of seed_slot takes
+_ABOVE_ONE = 0x3F800001  # the bits of the float32 after 1
+_GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
+_BLOCKS = 256  # of the vocabulary, for the two-level search of the distribution
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SlotState:
+    """What the device remembers per slot between steps; donated.
+
+    Args:
+      last_token: i32[M], the token sampled last.
+      seen: i32[M, V], twice the count in the output, plus one if the prompt has it; kept for requests with penalties.
+      bias_ids, bias_values: [M, MAX_LOGIT_BIAS] logit_bias, ids padded with V.
+      banned: i32[M, MAX_BANNED], ids that min_tokens forbids, padded with V.
+    """
+
+    last_token: jax.Array
+    seen: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    banned: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRows:
+    """Per-row parameters of one step, each [S]; slot is -1 for rows that do not sample, position that of the sampled token."""
+
+    slot: jax.Array
+    seed: jax.Array
+    position: jax.Array
+    wants: jax.Array
+    top_k: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    repetition_penalty: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Logprobs:
+    """Log-probability and 1-based rank of a token, [S], and the best MAX_LOGPROBS tokens, [S, MAX_LOGPROBS]."""
+
+    logprob: jax.Array
+    rank: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def slot_state_shapes(max_rows: int, vocab_size: int) -> SlotState:
+    """Abstract SlotState."""
+
+    def make(*dims: int, dtype: jnp.dtype = jnp.dtype(jnp.int32)) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((max_rows, *dims), dtype)
+
+    return SlotState(
+        last_token=make(), seen=make(vocab_size), bias_ids=make(MAX_LOGIT_BIAS),
+        bias_values=make(MAX_LOGIT_BIAS, dtype=jnp.dtype(jnp.float32)), banned=make(MAX_BANNED),
+    )  # fmt: skip
+
+
+def seed_slot(
+    state: SlotState, slot: jax.Array, first: jax.Array, ids: jax.Array, amount: jax.Array, bias_ids: jax.Array, bias_values: jax.Array, banned: jax.Array
+) -> SlotState:
+    """Give a slot to a request: its bias and bans, and its tokens so far, SEEN_CHUNK at a time.
+
+    Args:
+      first: bool[], forget what the slot's last request had seen.
+      ids: i32[SEEN_CHUNK], padded with V. amount: i32[SEEN_CHUNK], 1 for a prompt token not yet counted, 2 for an output token.
+    """
+    row = jnp.where(first, 0, state.seen[slot])
+    added = jnp.zeros_like(row).at[ids].add(amount, mode="drop")
+    # Prompt tokens count once, however often they occur.
+    counted = row + (added // 2) * 2 + jnp.where((added % 2 == 1) & (row % 2 == 0), 1, 0)
+    return dataclasses.replace(
+        state,
+        seen=state.seen.at[slot].set(counted),
+        bias_ids=state.bias_ids.at[slot].set(bias_ids),
+        bias_values=state.bias_values.at[slot].set(bias_values),
+        banned=state.banned.at[slot].set(banned),
+    )
+
+
+def sample(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
+    """Sample one token per row of f32[S, V].
+
+    Returns: i32[S] tokens (INVALID_TOKEN where the logits are not finite), their log-probabilities, and the state with them counted.
+    """
+    slot = jnp.maximum(rows.slot, 0)
+    live = rows.slot >= 0
+    wants = jnp.where(live, rows.wants, 0)
+    adjusted = jax.lax.cond(jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS)), lambda: _adjust(logits, rows, wants, slot, state), lambda: logits)
+    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    random = live & (rows.temperature >= _GREEDY_BELOW)
+    tokens = jax.lax.cond(jnp.any(random), lambda: jnp.where(random, _draw(adjusted, rows, random), greedy), lambda: greedy)
+    finite = jnp.isfinite(logits.max(axis=-1))  # NaN wins every maximum
+    tokens = jnp.where(finite, tokens, INVALID_TOKEN)
+    logprobs = jax.lax.cond(jnp.any(wants & LOGPROBS), lambda: token_logprobs(logits, tokens), lambda: _no_logprobs(tokens.shape[0]))
+    target = jnp.where(live, rows.slot, state.last_token.shape[0])  # out of range: dropped
+    counted = jnp.where(wants & PENALTIES, 2, 0)
+    state = dataclasses.replace(
+        state,
+        last_token=state.last_token.at[target].set(jnp.maximum(tokens, 0), mode="drop"),
+        seen=state.seen.at[target, jnp.maximum(tokens, 0)].add(counted, mode="drop"),
+    )
+    return tokens, logprobs, state
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Log-probabilities under f32[S, V] of i32[S] tokens and of the best ones."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)
+    width = min(MAX_LOGPROBS, logits.shape[-1])
+    top, ids = jax.lax.top_k(logits, width)
+    pad = ((0, 0), (0, MAX_LOGPROBS - width))
+    return Logprobs(
+        logprob=own[:, 0] - total, rank=1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32),
+        top_ids=jnp.pad(ids, pad), top_logprobs=jnp.pad(top - total[:, None], pad, constant_values=-jnp.inf),
+    )  # fmt: skip
+
+
+def _no_logprobs(S: int) -> Logprobs:
+    return Logprobs(
+        logprob=jnp.zeros(S), rank=jnp.zeros(S, jnp.int32), top_ids=jnp.zeros((S, MAX_LOGPROBS), jnp.int32), top_logprobs=jnp.zeros((S, MAX_LOGPROBS))
+    )
+
+
+def _adjust(logits: jax.Array, rows: SamplingRows, wants: jax.Array, slot: jax.Array, state: SlotState) -> jax.Array:
+    """Bans, then bias, then penalties, in vLLM's order; rows that want none keep their logits."""
+    S, V = logits.shape
+    index = jnp.arange(S)[:, None]
+    logits = logits.at[index, jnp.where((wants & MIN_TOKENS)[:, None] > 0, state.banned[slot], V)].set(-jnp.inf, mode="drop")
+    bias_ids = jnp.where((wants & BIAS)[:, None] > 0, state.bias_ids[slot], V)
+    logits = logits.at[index, bias_ids].add(state.bias_values[slot], mode="drop")
+
+    def penalize() -> jax.Array:
+        seen = jnp.where((wants & PENALTIES)[:, None] > 0, state.seen[slot], 0)
+        count = (seen // 2).astype(jnp.float32)
+        repetition = rows.repetition_penalty[:, None]
+        repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        penalized = jnp.where(seen > 0, repeated, logits)
+        return penalized - rows.frequency_penalty[:, None] * count - rows.presence_penalty[:, None] * (count > 0)
+
+    return jax.lax.cond(jnp.any(wants & PENALTIES), penalize, lambda: logits)
+
+
+def _draw(logits: jax.Array, rows: SamplingRows, random: jax.Array) -> jax.Array:
+    """A token of each row's tempered and truncated distribution; rows that are not random give anything."""
+    temperature = jnp.where(random, rows.temperature, 1.0)[:, None]
+    scaled = logits / temperature
+    weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))  # the likeliest weighs 1
+    truncated = random & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    weights = jax.lax.cond(jnp.any(truncated), lambda: _truncate(weights, rows), lambda: weights)
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), position))(rows.seed, rows.position)
+    uniform = jax.vmap(jax.random.uniform)(keys)
+    return _invert(weights, uniform)
+
+
+def _truncate(weights: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Zero what min_p, top_k and top_p drop; tokens as likely as the last one kept are kept too."""
+    V = weights.shape[-1]
+    weights = jnp.where(weights >= rows.min_p[:, None], weights, 0.0)
+    top_k = jnp.where((rows.top_k > 0) & (rows.top_k < V), rows.top_k, V).astype(jnp.float32)
+    weights = _keep_above(weights, (weights > 0).astype(jnp.float32), top_k)
+    top_p = jnp.where(rows.top_p < 1, rows.top_p, 2.0)  # 2: more than there is, so that everything is kept
+    return _keep_above(weights, weights, top_p * weights.sum(axis=-1))
+
+
+def _keep_above(weights: jax.Array, mass: jax.Array, needed: jax.Array) -> jax.Array:
+    """Keep the largest weights until their mass reaches `needed` [S], by bisection over the bits of the threshold.
+
+    Weights are in [0, 1], where float32 orders like its bits; 31 halvings find the exact threshold.
+    """
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # mass(>= low) is enough, mass(>= high) is not
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(bits >= middle[:, None], mass, 0.0), axis=-1) >= needed
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    S = weights.shape[0]
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros(S, jnp.int32), jnp.full(S, _ABOVE_ONE, jnp.int32)))
+    return jnp.where(bits >= low[:, None], weights, 0.0)
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The token at which the cumulated weights [S, V] pass uniform [S] of their sum, found in two levels."""
+    S, V = weights.shape
+    width = -(-V // _BLOCKS)
+    blocks = jnp.pad(weights, ((0, 0), (0, width * _BLOCKS - V))).reshape(S, _BLOCKS, width)
+    cumulated = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    target = uniform * cumulated[:, -1]
+    block = jnp.sum(cumulated <= target[:, None], axis=-1)
+    block = jnp.minimum(block, _last_positive(blocks.sum(axis=-1)))
+    before = jnp.where(block > 0, jnp.take_along_axis(cumulated, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
+    return (block * width + jnp.minimum(token, _last_positive(inside))).astype(jnp.int32)
+
+
+def _last_positive(weights: jax.Array) -> jax.Array:
+    """Index of the last positive weight of each row: rounding must not walk past it."""
+    return weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)

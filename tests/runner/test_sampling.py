@@ -1,0 +1,211 @@
+"""The device sampler against a plain numpy one, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from jaxserve.runner.sampling import (
+    BIAS,
+    INVALID_TOKEN,
+    LOGPROBS,
+    MAX_BANNED,
+    MIN_TOKENS,
+    PENALTIES,
+    SEEN_CHUNK,
+    Logprobs,
+    SamplingRows,
+    SlotState,
+    sample,
+    seed_slot,
+    slot_state_shapes,
+)
+
+V, M = 300, 5
+NEUTRAL = {"seed": 0, "position": 7, "wants": 0, "top_k": 0, "temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
+NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+run = jax.jit(sample)
+
+
+def rows_of(*rows: dict[str, Any]) -> SamplingRows:
+    full = [{"slot": i, **NEUTRAL, **row} for i, row in enumerate(rows)]
+    floats = {"temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+    dtypes = {field.name: "float32" if field.name in floats else "int32" for field in dataclasses.fields(SamplingRows)} | {"seed": "uint32"}
+    return SamplingRows(**{name: jnp.asarray([row[name] for row in full], dtype) for name, dtype in dtypes.items()})
+
+
+def fresh_state() -> SlotState:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), slot_state_shapes(M, V))
+
+
+def seeded(slot: int, *, prompt: list[int] = (), output: list[int] = (), bias: dict[int, float] | None = None, banned: list[int] = ()) -> SlotState:  # type: ignore[assignment]
+    bias = bias or {}
+    ids, amounts = np.full(SEEN_CHUNK, V, np.int32), np.zeros(SEEN_CHUNK, np.int32)
+    known = [*sorted(set(prompt)), *output]
+    ids[: len(known)], amounts[: len(known)] = known, [1] * len(set(prompt)) + [2] * len(output)
+    bias_ids, bias_values = np.full(MAX_LOGIT_BIAS, V, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+    bias_ids[: len(bias)], bias_values[: len(bias)] = list(bias), list(bias.values())
+    bans = np.full(MAX_BANNED, V, np.int32)
+    bans[: len(banned)] = banned
+    return jax.jit(seed_slot)(fresh_state(), np.int32(slot), np.bool_(True), ids, amounts, bias_ids, bias_values, bans)
+
+
+def logits_of(num_rows: int, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((num_rows, V)) * 3).astype(np.float32)
+
+
+@functools.cache
+def _draws(num: int, **row: Any) -> np.ndarray:
+    """Tokens drawn from one row of logits at `num` seeds."""
+    logits = jnp.asarray(logits_of(1)[0])
+    many = rows_of({**row, "slot": 0})
+
+    def draw(seed: jax.Array) -> jax.Array:
+        return sample(logits[None], dataclasses.replace(many, seed=seed[None]), fresh_state())[0][0]
+
+    return np.asarray(jax.jit(lambda: jax.lax.map(draw, jnp.arange(num, dtype=jnp.uint32)))())
+
+
+def expected_distribution(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    weights[weights < min_p] = 0
+    order = np.argsort(-weights, kind="stable")
+    if top_k:
+        weights[order[top_k:]] = 0
+    if top_p < 1:
+        cumulated = np.cumsum(weights[order]) / weights.sum()
+        weights[order[1:][cumulated[:-1] >= top_p]] = 0
+    return weights / weights.sum()
+
+
+TRUNCATIONS = [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 1.7}]
+
+
+@pytest.mark.parametrize("params", TRUNCATIONS, ids=str)
+def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
+    num = 4000
+    counts = np.bincount(_draws(num, **params), minlength=V)
+    expected = expected_distribution(logits_of(1)[0], **params)
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    variance = np.maximum(num * expected[kept] * (1 - expected[kept]), 1)
+    assert (((counts[kept] - num * expected[kept]) ** 2 / variance) < 25).all()  # five standard deviations in each of 300 cells
+    if kept.sum() > 1:
+        assert np.abs(counts / num - expected).sum() / 2 < 0.12
+
+
+def test_zero_temperature_takes_the_likeliest() -> None:
+    logits = logits_of(3)
+    tokens, _, _ = run(jnp.asarray(logits), rows_of(*[{"temperature": 0.0}] * 3), fresh_state())
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_token_does_not_depend_on_neighbours_slot_or_row() -> None:
+    logits, row = logits_of(1)[0], {"seed": 11, "top_p": 0.9, "temperature": 1.3}
+    alone = int(run(jnp.asarray(logits[None]), rows_of(row), fresh_state())[0][0])
+    crowd = logits_of(4, seed=5)
+    crowd[2] = logits
+    others = [{"temperature": 0.0}, {"top_k": 2, "seed": 3}, {**row, "slot": 4}, {"slot": 2, "min_p": 0.3}]
+    tokens, _, _ = run(jnp.asarray(crowd), rows_of(*others), fresh_state())
+    assert int(tokens[2]) == alone
+
+
+def test_different_positions_draw_different_numbers() -> None:
+    drawn = {int(run(jnp.zeros((1, V)), rows_of({"seed": 1, "position": p}), fresh_state())[0][0]) for p in range(12)}
+    assert len(drawn) > 6
+
+
+def test_penalties_follow_the_formula() -> None:
+    prompt, output = [4, 4, 9], [7, 7, 7, 9]
+    logits = logits_of(1)
+    row = {"slot": 3, "temperature": 0.0, "wants": PENALTIES | LOGPROBS, "presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.5}
+    expected = logits[0].copy()
+    for token in {*prompt, *output}:
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    for token in set(output):
+        expected[token] -= 0.6 + 0.4 * output.count(token)
+    for winner in (4, 7, 9, 20):  # each of them just above or below the best other token
+        for margin in (-1e-3, 1e-3):
+            shifted = expected.copy()
+            best = np.delete(shifted, winner).max()
+            raised = logits.copy()
+            wanted = best + margin
+            seen = winner in {*prompt, *output}
+            before = wanted + (0.6 + 0.4 * output.count(winner) if winner in output else 0)
+            raised[0, winner] = before * 1.5 if seen and before > 0 else before / 1.5 if seen else before
+            tokens, _, _ = run(jnp.asarray(raised), rows_of(row), seeded(3, prompt=prompt, output=output))
+            assert (int(tokens[0]) == winner) == (margin > 0)
+
+
+def test_sampled_tokens_count_towards_the_next_penalty() -> None:
+    logits = np.zeros((1, V), np.float32)
+    logits[0, [5, 6]] = [2.0, 1.5]
+    row = {"slot": 1, "temperature": 0.0, "wants": PENALTIES, "frequency_penalty": 0.3}
+    state, tokens = seeded(1), []
+    for _ in range(4):
+        token, _, state = run(jnp.asarray(logits), rows_of(row), state)
+        tokens.append(int(token[0]))
+    assert tokens == [5, 5, 6, 5]  # 2.0, 1.7 | 1.4 < 1.5 | 1.4 > 1.2
+
+
+def test_stale_state_of_a_slot_does_not_reach_a_request_without_features() -> None:
+    state = seeded(0, prompt=[1, 2], output=[3] * 9, bias={5: 100.0}, banned=[6])
+    logits = logits_of(1)
+    tokens, _, _ = run(jnp.asarray(logits), rows_of({"temperature": 0.0}), state)
+    assert int(tokens[0]) == logits[0].argmax()
+
+
+def test_seeding_forgets_the_last_request() -> None:
+    state = seeded(2, prompt=[1], output=[3] * 9)
+    empty = np.full(SEEN_CHUNK, V, np.int32), np.zeros(SEEN_CHUNK, np.int32)
+    bias = np.full(MAX_LOGIT_BIAS, V, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+    state = jax.jit(seed_slot)(state, np.int32(2), np.bool_(True), *empty, *bias, np.full(MAX_BANNED, V, np.int32))
+    assert not np.asarray(state.seen[2]).any()
+
+
+def test_logit_bias_and_min_tokens_move_the_choice() -> None:
+    logits = logits_of(2)
+    best = int(logits[0].argmax())
+    state = seeded(0, bias={17: 100.0}, banned=[17])
+    biased = run(jnp.asarray(logits), rows_of({"temperature": 0.0, "wants": BIAS}, {"temperature": 0.0}), state)[0]
+    assert [int(biased[0]), int(biased[1])] == [17, int(logits[1].argmax())]
+    banned = run(jnp.asarray(logits[:1]), rows_of({"temperature": 0.0, "wants": MIN_TOKENS}), seeded(0, banned=[best]))[0]
+    assert int(banned[0]) != best
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    logits = logits_of(1)
+    row = {"temperature": 0.2, "wants": LOGPROBS | BIAS, "seed": 5}
+    tokens, logprobs, _ = run(jnp.asarray(logits), rows_of(row), seeded(0, bias={int(logits[0].argmin()): 100.0}))
+    token = int(tokens[0])
+    exact = logits[0].astype(np.float64) - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    assert token == logits[0].argmin()
+    assert isinstance(logprobs, Logprobs)
+    np.testing.assert_allclose(logprobs.logprob[0], exact[token], atol=1e-5)
+    assert int(logprobs.rank[0]) == V
+    order = np.argsort(-exact)[:MAX_LOGPROBS]
+    np.testing.assert_array_equal(logprobs.top_ids[0], order)
+    np.testing.assert_allclose(logprobs.top_logprobs[0], exact[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_fail_their_row_alone(bad: float) -> None:
+    logits = logits_of(2)
+    expected = logits[1].argmax()
+    logits[0, 8] = bad
+    tokens, _, _ = run(jnp.asarray(logits), rows_of({}, {"temperature": 0.0}), fresh_state())
+    assert [int(tokens[0]), int(tokens[1])] == [INVALID_TOKEN, expected]
+
+
+def test_rows_that_do_not_sample_change_no_state() -> None:
+    state = seeded(0, prompt=[1])
+    _, _, after = run(jnp.asarray(logits_of(2)), rows_of({"slot": -1, "wants": PENALTIES}, {"slot": -1}), state)
+    jax.tree.map(np.testing.assert_array_equal, state, after)
