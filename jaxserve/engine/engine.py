@@ -1,0 +1,265 @@
+"""The engine loop, one step in flight.
+
+1. schedule: which tokens of which requests come next.
+2. dispatch: send them to the device, which is still busy with the step before.
+3. collect the step before: its tokens, its text, who is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+from jaxserve.metrics import Metrics
+from jaxserve.request import Request, RequestOutput, TokenLogprobs
+from jaxserve.runner.runner import Pending, Runner, StepResult
+from jaxserve.scheduler.schedule import Schedule
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.text.detokenize import Detokenizer
+from jaxserve.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+STEP_ERROR = "the step that computed this request failed on the server; it is safe to try again"
+NOT_FINITE = "the model's output for this request is not a finite number"
+
+
+class FatalEngineError(RuntimeError):
+    """The engine cannot go on: two steps in a row failed, or the device has lost the cache; `outputs` end every request."""
+
+    def __init__(self, message: str, outputs: list[RequestOutput]) -> None:
+        super().__init__(message)
+        self.outputs = outputs
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Live:
+    """What the engine keeps of a request beside the scheduler's record."""
+
+    request: Request
+    detokenizer: Detokenizer
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    told_prompt_logprobs: bool = False
+
+
+class Engine:
+    """Continuous batching over one runner; not thread-safe.
+
+    Args:
+      overlap: dispatch a step before collecting the one before it.
+      clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, metrics: Metrics, *, overlap: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._runner, self._scheduler, self._tokenizer, self._metrics = runner, scheduler, tokenizer, metrics
+        self._overlap, self._clock = overlap, clock
+        self._live: dict[str, _Live] = {}
+        self._pending: Pending | None = None
+        self._failures = 0
+        self._device_idle_since_s: float | None = None
+        self._counted = (0, 0, 0)
+        metrics.pages_total.set(scheduler.num_pages)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() would do anything."""
+        return self._pending is not None or self._scheduler.has_work
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that will still give an output."""
+        return len(self._live)
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Requests and prompt tokens that wait for their first step."""
+        return self._scheduler.num_waiting, self._scheduler.num_waiting_tokens
+
+    def add(self, request: Request) -> None:
+        """Take a request in; its outputs come from step().
+
+        Raises: QueueFullError, UserError.
+        """
+        self._scheduler.add(request)
+        params = request.params
+        self._live[request.id] = _Live(
+            request, Detokenizer(self._tokenizer, request.prompt_ids, params), None if params.prompt_logprobs is None else [None]
+        )
+        self._metrics.request_prompt.observe(len(request.prompt_ids))
+        self._metrics.request_max_tokens.observe(params.max_tokens or 0)
+        self._metrics.request_n.observe(1)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request at once, wherever it is; unknown ids are ignored."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self._scheduler.finish(live.request, "abort")
+            self._metrics.finished("abort")
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatch the next step, if there is any, and collect the one before.
+
+        Raises: FatalEngineError, with which every request has ended.
+        """
+        outputs: list[RequestOutput] = []
+        before = self._pending
+        self._pending = None
+        schedule = self._scheduler.schedule()
+        if schedule.rows:
+            try:
+                self._pending = self._dispatch(schedule)
+            except Exception as error:
+                outputs += self._fail(schedule, error)
+        if before is not None:
+            outputs += self._collect(before)
+        if not self._overlap and self._pending is not None:
+            outputs += self._collect(self._pending)
+            self._pending = None
+        self._update_gauges()
+        return outputs
+
+    def fail_all(self, message: str) -> list[RequestOutput]:
+        """End every request with an error; the engine is not to be used afterwards."""
+        outputs = [self._error(live, message) for live in list(self._live.values())]
+        self._pending = None
+        return outputs
+
+    def _dispatch(self, schedule: Schedule) -> Pending:
+        now = self._clock()
+        for row in schedule.rows:
+            live = self._live[row.request.id]
+            if live.scheduled_s is None:
+                live.scheduled_s = now
+                self._metrics.queue_s.observe(now - row.request.arrival_s)
+        if self._device_idle_since_s is not None:
+            self._metrics.host_gap_s.observe(now - self._device_idle_since_s)
+            self._device_idle_since_s = None
+        pending = self._runner.dispatch(schedule)
+        self._metrics.step_tokens.observe(schedule.num_tokens)
+        self._metrics.step_tokens_real.inc(schedule.num_tokens)
+        self._metrics.step_tokens_padded.inc(pending.shape.tokens - schedule.num_tokens)
+        return pending
+
+    def _collect(self, pending: Pending) -> list[RequestOutput]:
+        try:
+            result = self._runner.collect(pending)
+        except Exception as error:
+            return self._fail(pending.schedule, error)
+        self._failures = 0
+        now = self._clock()
+        self._metrics.step_seconds(pending.shape.name, now - pending.started_s)
+        if self._pending is None and self._scheduler.has_work:
+            self._device_idle_since_s = now
+        outputs: list[RequestOutput] = []
+        tokens = list(result.tokens)
+        for i, row in enumerate(pending.schedule.rows):
+            if tokens[i] and tokens[i][0] < 0:
+                tokens[i] = ()
+                live = self._live.get(row.request.id)
+                if live is not None:
+                    outputs.append(self._error(live, NOT_FINITE))
+        self._keep_prompt_logprobs(pending, result)
+        logprobs = {id(row): value for row, value in zip(pending.schedule.rows, result.logprobs, strict=True) if value is not None}
+        prompt_tokens = 0
+        for row in pending.schedule.rows:
+            prompt_tokens += max(0, min(row.start + row.count, len(row.request.prompt_ids)) - row.start)
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+        advanced = self._scheduler.update(pending.schedule, tokens)
+        for row, ids in advanced:
+            live = self._live.get(row.request.id)
+            if live is not None:
+                outputs.append(self._advance(live, ids, logprobs.get(id(row)), now))
+        return outputs
+
+    def _advance(self, live: _Live, ids: tuple[int, ...], logprobs: TokenLogprobs | None, now: float) -> RequestOutput:
+        request = live.request
+        stopped_by_token = request.finish_reason == "stop"
+        shown = ids[:-1] if stopped_by_token and not request.params.include_stop_str_in_output else ids
+        piece = live.detokenizer.push(shown, final=request.finish_reason is not None)
+        if piece.stop is not None and not stopped_by_token:
+            self._scheduler.finish(request, "stop", piece.stop)
+        self._observe_tokens(live, len(ids), now)
+        prompt_logprobs = None
+        if live.prompt_logprobs is not None and not live.told_prompt_logprobs:
+            prompt_logprobs, live.told_prompt_logprobs = tuple(live.prompt_logprobs), True
+        if request.finish_reason is not None:
+            self._forget(live, now)
+        return RequestOutput(
+            id=request.id, text=piece.text, token_ids=ids, logprobs=None if logprobs is None else (logprobs,), prompt_logprobs=prompt_logprobs,
+            finish_reason=request.finish_reason, stop_reason=request.stop_reason, num_prompt_tokens=len(request.prompt_ids),
+            num_cached_tokens=max(request.num_cached, 0), num_output_tokens=len(request.output_ids),
+        )  # fmt: skip
+
+    def _keep_prompt_logprobs(self, pending: Pending, result: StepResult) -> None:
+        for row, found in zip(pending.schedule.rows, result.prompt_logprobs, strict=True):
+            live = self._live.get(row.request.id)
+            if found and live is not None and live.prompt_logprobs is not None:
+                del live.prompt_logprobs[row.start + 1 :]  # a preempted prompt is scored again
+                live.prompt_logprobs.extend(found)
+
+    def _observe_tokens(self, live: _Live, count: int, now: float) -> None:
+        self._metrics.generation_tokens.inc(count)
+        if live.first_token_s is None:
+            live.first_token_s = now
+            self._metrics.ttft_s.observe(now - live.request.arrival_s)
+            self._metrics.prefill_s.observe(now - (live.scheduled_s or now))
+            self._metrics.prompt_tokens_cached.inc(max(live.request.num_cached, 0))
+        elif live.last_token_s is not None:
+            self._metrics.inter_token_s.observe(now - live.last_token_s)
+        live.last_token_s = now
+
+    def _forget(self, live: _Live, now: float) -> None:
+        request = live.request
+        del self._live[request.id]
+        count = len(request.output_ids)
+        self._metrics.finished(request.finish_reason or "abort")
+        self._metrics.e2e_s.observe(now - request.arrival_s)
+        self._metrics.request_generation.observe(count)
+        if live.scheduled_s is not None and live.first_token_s is not None:
+            self._metrics.inference_s.observe(now - live.scheduled_s)
+            self._metrics.decode_s.observe(now - live.first_token_s)
+            if count > 1:
+                self._metrics.tpot_s.observe((now - live.first_token_s) / (count - 1))
+
+    def _error(self, live: _Live, message: str) -> RequestOutput:
+        self._live.pop(live.request.id, None)
+        self._scheduler.finish(live.request, "error")
+        self._metrics.finished("error")
+        return RequestOutput(
+            id=live.request.id, finish_reason="error", error=message, num_prompt_tokens=len(live.request.prompt_ids),
+            num_cached_tokens=max(live.request.num_cached, 0), num_output_tokens=len(live.request.output_ids),
+        )  # fmt: skip
+
+    def _fail(self, schedule: Schedule, error: Exception) -> list[RequestOutput]:
+        """End the requests of a step that raised; the others go on."""
+        log.exception("a step failed: rows=%d tokens=%d", len(schedule.rows), schedule.num_tokens, exc_info=error)
+        self._metrics.failed_steps.inc()
+        self._failures += 1
+        outputs = []
+        for request in self._scheduler.fail(schedule):
+            live = self._live.get(request.id)
+            if live is not None:
+                outputs.append(self._error(live, STEP_ERROR))
+        if self._failures > 1 or not self._runner.usable:
+            reason = "two steps in a row failed" if self._failures > 1 else "the device lost the cache"
+            raise FatalEngineError(reason, outputs + self.fail_all(STEP_ERROR)) from error
+        return outputs
+
+    def _update_gauges(self) -> None:
+        scheduler, metrics = self._scheduler, self._metrics
+        metrics.running.set(scheduler.num_running)
+        metrics.waiting.set(scheduler.num_waiting)
+        metrics.cache_usage.set(scheduler.usage)
+        counts = (scheduler.num_preemptions, scheduler.prefix_queries, scheduler.prefix_hits)
+        if counts != self._counted:
+            for counter, now, before in zip((metrics.preemptions, metrics.prefix_queries, metrics.prefix_hits), counts, self._counted, strict=True):
+                counter.inc(now - before)
+            self._counted = counts
+
