@@ -1,0 +1,1 @@
+"""Text on both sides of the model: tokenizers, chat templates, and incremental detokenization."""

@@ -1,0 +1,135 @@
+"""Text <-> token ids, for tokenizers of Hugging Face directories and of GGUF files.
+
+Decoding works on bytes wherever the tokenizer allows it, so that text streamed token by token equals text decoded at once.
+`clean_up_tokenization_spaces` is not applied: it would make the text of a token depend on tokens to come.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from jaxserve.errors import ConfigError, UserError
+from jaxserve.text.directory import read_directory
+from jaxserve.text.gguf_tokenizer import read_gguf_tokenizer
+from jaxserve.text.vocabulary import Vocabulary, read_token_bytes
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """A tokenizer; immutable once made, and safe to use from several threads.
+
+    Attributes:
+      backend: the `tokenizers.Tokenizer` below, for grammars and other readers of the vocabulary.
+      vocab_size: one more than the highest token id; the model's logits may be wider.
+      bos_id: the beginning-of-sequence token, if there is one.
+      eos_ids: tokens that end an answer, as far as the tokenizer's files tell.
+      special_ids: tokens that skip_special_tokens leaves out.
+      special_tokens: text of "bos_token", "eos_token" and so on, as chat templates name them.
+      chat_template: the model's own Jinja template.
+      strips_space: a space that begins the whole text was put there by the tokenizer and is not shown.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.backend = vocabulary.backend
+        self.bos_id = vocabulary.bos_id
+        self.eos_ids = vocabulary.eos_ids
+        self.special_tokens = dict(vocabulary.special_tokens)
+        self.chat_template = vocabulary.chat_template
+        self._prefix_ids = list(vocabulary.prefix_ids)
+        self._suffix_ids = list(vocabulary.suffix_ids)
+        # Files cut and pad for training; a server must see the whole prompt.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        added = self.backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, mark in added.items() if mark.special)
+        found = read_token_bytes(self.backend)
+        self.strips_space = found is not None and found.strips_space
+        self._table = None if found is None else found.table
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1 if found is None else len(found.table)
+        self._visible_table = None if self._table is None else [
+            b"" if token in self.special_ids else data for token, data in enumerate(self._table)
+        ]  # fmt: skip
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text; special tokens written out in it become their ids.
+
+        Args:
+          add_special_tokens: put what the model expects around it, such as beginning-of-sequence.
+        Raises: UserError if the text is not valid Unicode.
+        """
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise UserError("prompt", "the text is not valid Unicode: it holds half of a surrogate pair") from None
+        return self._prefix_ids + ids + self._suffix_ids if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD, ids that no token has become nothing."""
+        table = self.byte_table(skip_special_tokens=skip_special_tokens)
+        if table is None:
+            return self.backend.decode([token for token in ids if token < self.vocab_size], skip_special_tokens=skip_special_tokens)
+        size = len(table)
+        text = b"".join([table[token] for token in ids if token < size]).decode("utf-8", "replace")
+        return text[1:] if self.strips_space and text.startswith(" ") else text
+
+    def byte_table(self, *, skip_special_tokens: bool) -> list[bytes] | None:
+        """The bytes of each token by id; None if the text of a token depends on its neighbours. Not to be written to."""
+        return self._visible_table if skip_special_tokens else self._table
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes that a token stands for, special tokens included; they need not be whole characters."""
+        if not 0 <= token < self.vocab_size:
+            return b""
+        if self._table is None:
+            return self.backend.decode([token], skip_special_tokens=False).encode("utf-8")
+        return self._table[token]
+
+    def token_text(self, token: int) -> str:
+        """The text of one token, as logprobs show it; parts of characters become U+FFFD."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    @property
+    def prefix_text(self) -> str:
+        """What add_special_tokens puts before a text, written out."""
+        return "".join(self.token_text(token) for token in self._prefix_ids)
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of a directory (tokenizer.json, else tokenizer.model, else vocab.json and merges.txt) or of a .gguf file.
+
+    Raises: ConfigError saying what is missing or not understood.
+    """
+    started_s = time.monotonic()
+    path = pathlib.Path(path)
+    if path.is_dir():
+        vocabulary = read_directory(path, load_slow=_load_with_transformers)
+    elif path.is_file():
+        vocabulary = read_gguf_tokenizer(path)
+    else:
+        raise ConfigError(f"no tokenizer at {path}: it is neither a directory nor a .gguf file")
+    tokenizer = Tokenizer(vocabulary)
+    log.info("loaded tokenizer path=%s tokens=%d seconds=%.2f", path, tokenizer.vocab_size, time.monotonic() - started_s)
+    return tokenizer
+
+
+def _load_with_transformers(path: pathlib.Path) -> tuple[Backend, dict[str, str]]:
+    # Imported here: it takes seconds, and only directories of the oldest format need it.
+    import transformers
+
+    factory: Any = transformers.AutoTokenizer
+    try:
+        loaded: object = factory.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(f"transformers cannot read the tokenizer in {path}: {error}") from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        raise ConfigError(f"the tokenizer in {path} has no tokenizer.json, and transformers cannot make one of it")
+    named: dict[str, object] = getattr(loaded, "special_tokens_map", {})
+    return backend, {role: str(text) for role, text in named.items() if role.endswith("_token")}
