@@ -1,0 +1,1 @@
+"""Checkpoints: where a model comes from, what it holds, and how it gets onto the device."""

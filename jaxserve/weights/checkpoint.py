@@ -1,0 +1,55 @@
+"""Opens whatever checkpoint lies at a path: safetensors, GGUF or Orbax."""
+
+from __future__ import annotations
+
+import pathlib
+
+from jaxserve.errors import ConfigError
+from jaxserve.models.hf_config import HfConfig
+from jaxserve.weights.gguf import is_gguf, open_gguf, read_gguf_config
+from jaxserve.weights.json_file import read_json
+from jaxserve.weights.orbax import is_orbax, open_orbax
+from jaxserve.weights.safetensors import INDEX_NAME, open_safetensors
+from jaxserve.weights.tensors import Checkpoint, TensorInfo
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_config"]
+
+
+def open_checkpoint(path: pathlib.Path) -> Checkpoint:
+    """Open the weights of the model at a path: a .gguf or .safetensors file, or a directory of safetensors or Orbax files.
+
+    Raises: ConfigError listing everything that is wrong with them, or saying what was looked for if there are none.
+    """
+    if is_gguf(path):
+        return open_gguf(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.is_dir():
+        if (path / INDEX_NAME).exists() or any(path.glob("*.safetensors")):
+            return open_safetensors(path)
+        if is_orbax(path):
+            return open_orbax(path)
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
+        hint = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint += f"; name one of its GGUF files instead of the directory, such as {path / ggufs[0]}" if ggufs else ""
+        raise ConfigError(f"{path} holds no weights: there is neither {INDEX_NAME} nor a .safetensors file nor an Orbax checkpoint{hint}")
+    raise ConfigError(f"{path} is neither a directory nor a .gguf or .safetensors file")
+
+
+def read_config(path: pathlib.Path) -> HfConfig:
+    """The configuration of the model at a path: config.json of a directory, or the metadata of a GGUF file.
+
+    Raises: ConfigError if there is none or it is not readable.
+    """
+    if is_gguf(path):
+        return read_gguf_config(path)
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json, so it is not known what the model is; give a model's directory or a .gguf file")
+    generation = folder / "generation_config.json"
+    return HfConfig(
+        read_json(folder / "config.json"),
+        generation=read_json(generation) if generation.is_file() else None,
+        source=str(folder / "config.json"),
+    )

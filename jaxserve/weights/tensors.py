@@ -1,0 +1,74 @@
+"""What a checkpoint is to the loader: named tensors on disk, read one at a time."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import pathlib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+
+from jaxserve.errors import ConfigError
+
+_MAX_SHOWN = 40
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Shape of a tensor and the name of the dtype that reading it gives, such as "float32" or "bfloat16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint(abc.ABC):
+    """The weights of one model on disk, under Hugging Face's tensor names; a context manager that closes its files.
+
+    Reading is thread-safe, returns an array of its own, and keeps nothing of what was read.
+
+    Args:
+      path: the file or directory.
+      tensors: everything there is to read.
+    """
+
+    def __init__(self, path: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.tensors = types.MappingProxyType(dict(tensors))
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor; quantized formats as float32.
+
+        Raises: ConfigError naming file and tensor if it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start .. stop of the first axis, without reading the others.
+
+        Raises: ConfigError naming file and tensor if it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of the files; reading is over. May be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_rows(self, name: str, start: int, stop: int) -> None:
+        shape = self.tensors[name].shape
+        assert 0 <= start <= stop <= (*shape, -1)[0], f"{name=} {shape=} {start=} {stop=}"
+
+
+def raise_problems(path: pathlib.Path, problems: Sequence[str]) -> None:
+    """Raise one ConfigError for all problems of a checkpoint; with none, do nothing."""
+    if problems:
+        more = [f"... and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
+        raise ConfigError(f"cannot read the checkpoint {path}:\n  " + "\n  ".join([*problems[:_MAX_SHOWN], *more]))
