@@ -1,0 +1,1 @@
+"""The HTTP front end: the OpenAI API over an `AsyncEngine`, as one ASGI app."""

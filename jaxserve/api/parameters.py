@@ -1,0 +1,106 @@
+"""What is known about request parameters that change nothing here, or cannot be served: two tables, and the check of a body against them.
+
+Unknown names are left alone (clients forward what other servers understand) and never get past this floor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxserve.api.fields import Fields
+from jaxserve.api.json_door import json_type
+
+logger = logging.getLogger(__name__)
+
+# Bookkeeping of OpenAI's platform, and hints that matter to other servers: accepted as in vLLM, since no output depends on them.
+WITHOUT_EFFECT: Mapping[str, type] = {
+    "user": str,
+    "metadata": dict,
+    "store": bool,
+    "service_tier": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "session_id": str,
+    "include_reasoning": bool,
+    "parallel_tool_calls": bool,
+}
+
+# name -> the values besides null with which a parameter asks for nothing.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "custom_logit_processor": (),
+    "ebnf": (),
+    "ec_transfer_params": ({},),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_embeds": (),
+    "regex": (),
+    "repetition_detection": (),
+    "return_assistant_tokens_mask": (False,),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": (),
+    "stream_interval": (1,),
+    "structured_outputs": ({},),
+    "suffix": ("",),
+    "thinking_token_budget": (-1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "web_search_options": (),
+}
+
+_REASONS = {
+    "chat_template": "comes from the model or from --chat-template, never from a request",
+    "functions": "is not supported; use tools",
+    "function_call": "is not supported; use tool_choice",
+}
+
+
+def check_parameters(fields: Fields, known: Collection[str]) -> None:
+    """Refuse parameters that ask for what cannot be done, and mistyped ones; note the unknown ones in the debug log.
+
+    Args:
+      fields: the body.
+      known: names that the caller reads itself.
+    Raises: UserError naming the parameter.
+    """
+    for name in fields:
+        if name in known or not fields.given(name):
+            continue
+        value = fields.raw(name)
+        if name in UNSUPPORTED:
+            if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                raise fields.error(name, _REASONS.get(name, "is not supported yet; leave it out"), code="unsupported_parameter")
+        elif name in WITHOUT_EFFECT:
+            if not isinstance(value, WITHOUT_EFFECT[name]):
+                raise fields.error(name, f"must not be {json_type(value)}")
+        else:
+            logger.debug("unknown parameter ignored: name=%.60r", name)
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # 1 and 1.0 are the same number to a client; True is not one.
+    numbers = not isinstance(value, bool) and isinstance(value, int | float) and not isinstance(neutral, bool)
+    return value == neutral and (numbers or type(value) is type(neutral))

@@ -1,0 +1,147 @@
+"""Server-sent events: the frames, the headers, and the loop that carries outputs of running requests to the client.
+
+1. Nothing is sent before the first text, so that an error known by then is still an HTTP status.
+2. Text goes out as it comes; tokens without text wait for the next text or the end.
+3. An error later is an event with the error object. `[DONE]` ends every stream.
+4. A reader who takes nothing for `write_timeout_s` loses the stream; until then outputs merge and the engine goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from starlette.types import Send
+
+from jaxserve.api.answers import Running
+from jaxserve.api.errors import GenerationError, error_json
+from jaxserve.api.logprobs import is_heavy
+from jaxserve.api.wire import off_loop
+from jaxserve.errors import EngineUnavailableError
+from jaxserve.request import RequestOutput, merge_outputs
+
+if TYPE_CHECKING:
+    from jaxserve.engine.async_engine import OutputStream
+
+logger = logging.getLogger(__name__)
+
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+class Chunks(Protocol):
+    """Prints the outputs of an answer as events."""
+
+    def outputs(self, running: Running, stream: OutputStream) -> AsyncIterator[RequestOutput]:
+        """The outputs of one request that shall be printed."""
+        ...
+
+    def render(self, index: int, output: RequestOutput) -> bytes:
+        """The events for an output of choice `index`."""
+        ...
+
+    def last(self) -> bytes:
+        """The events after all choices have ended, usage if it was asked for."""
+        ...
+
+
+def frame(data: bytes) -> bytes:
+    """One event."""
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream:
+    """One response of events, as an async context.
+
+    Args:
+      write_timeout_s: longest wait for the client to take a piece; then the running requests are given up.
+    """
+
+    def __init__(self, send: Send, running: Running, *, write_timeout_s: float) -> None:
+        self.started = False
+        self._send = send
+        self._running = running
+        self._timeout_s = write_timeout_s
+        self._waiting_since: float | None = None
+
+    async def __aenter__(self) -> EventStream:
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._timeout_s, self._check_reader)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._timer.cancel()
+
+    async def write(self, events: bytes) -> None:
+        """Send whole events, the headers before the first."""
+        self._waiting_since = self._loop.time()
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        self._waiting_since = None
+
+    async def end(self, events: bytes) -> None:
+        """Send the last events and the mark that ends every stream."""
+        await self.write(events + b"data: [DONE]\n\n")
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _check_reader(self) -> None:
+        if self._waiting_since is not None and self._loop.time() - self._waiting_since >= self._timeout_s:
+            logger.warning("stream given up: the client took nothing for %.0f s", self._timeout_s)
+            self._running.give_up()
+            return
+        self._timer = self._loop.call_later(self._timeout_s, self._check_reader)
+
+
+async def stream_answer(send: Send, running: Running, chunks: Chunks, *, write_timeout_s: float) -> None:
+    """Carry everything that the running requests yield to the client.
+
+    Raises: what went wrong, if nothing has been sent yet.
+    """
+    async with EventStream(send, running, write_timeout_s=write_timeout_s) as events:
+        try:
+            await _carry_all(events, running, chunks)
+        except Exception as error:
+            if not events.started:
+                raise
+            if not isinstance(error, GenerationError | EngineUnavailableError):
+                logger.exception("stream failed")
+            await events.end(frame(error_json(error)))
+        else:
+            await events.end(chunks.last())
+
+
+async def _carry_all(events: EventStream, running: Running, chunks: Chunks) -> None:
+    if len(running.streams) == 1:
+        await _carry(events, running, chunks, 0)
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for index in range(len(running.streams)):
+                group.create_task(_carry(events, running, chunks, index))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _carry(events: EventStream, running: Running, chunks: Chunks, index: int) -> None:
+    held: RequestOutput | None = None
+    async for output in chunks.outputs(running, running.streams[index]):
+        if held is not None:
+            output = merge_outputs(held, output)
+            held = None
+        if not output.text and output.finish_reason is None:
+            held = output
+            continue
+        if output.logprobs is None and output.prompt_logprobs is None:
+            await events.write(chunks.render(index, output))
+            continue
+        render = functools.partial(chunks.render, index, output)
+        await events.write(await off_loop(is_heavy(output), render))
