@@ -34,6 +34,7 @@ class ModelConfig:
     revision: str | None = _option(None, "branch, tag or commit of the model on the hub")
     tokenizer: str | None = _option(None, "hub id or directory of the tokenizer; default: the model's own")
     chat_template: str | None = _option(None, "file with a Jinja chat template; default: the model's own, else a documented plain one")
+    ignore_config_keys: bool = _option(False, "load a model whose config.json has keys that jaxserve does not know")
     dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "weights and activations; auto: float32 on CPU, bfloat16 on TPU and GPU")
     max_len: int | None = _option(None, "most tokens of prompt and answer together; default: what the model was trained for")
     seed: int = _option(0, "seed of requests that bring none is drawn from this")

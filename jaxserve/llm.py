@@ -120,19 +120,19 @@ class LLM:
 
     def _drive(self, requests: list[Request], *, use_tqdm: bool) -> dict[str, RequestOutput]:
         """Run the engine until every request has ended; on an interrupt none stays behind."""
-        answers: dict[str, RequestOutput] = {}
+        parts: dict[str, list[RequestOutput]] = {request.id: [] for request in requests}
         waiting = list(reversed(requests))
         try:
             with tqdm(total=len(requests), desc="generating", unit="request", disable=None if use_tqdm else True) as bar:
                 while waiting or self._engine.has_work:
                     self._admit(waiting)
                     for output in self._engine.step():
-                        known = answers.get(output.id)
-                        answers[output.id] = output if known is None else merge_outputs(known, output)
+                        parts[output.id].append(output)
                         bar.update(output.finish_reason is not None)
         finally:
             for request in requests:
                 self._engine.abort(request.id)
+        answers = {request_id: merge_outputs(outputs) for request_id, outputs in parts.items()}
         failed = next((answer.error for answer in answers.values() if answer.finish_reason == "error"), None)
         if failed is not None:
             raise RuntimeError(failed)

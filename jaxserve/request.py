@@ -235,15 +235,18 @@ class RequestOutput:
     error: str | None = None
 
 
-def merge_outputs(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    """The two consecutive outputs of one request as one, for a reader who was slower than the engine."""
-    assert first.finish_reason is None, f"{first.finish_reason=} but another output follows"
+def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Consecutive outputs of one request as one, for a reader who was slower than the engine."""
+    if len(outputs) == 1:
+        return outputs[0]
+    assert all(output.finish_reason is None for output in outputs[:-1]), "nothing comes after a finish reason"
+    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
     return dataclasses.replace(
-        second,
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=None if first.logprobs is None and second.logprobs is None else (first.logprobs or ()) + (second.logprobs or ()),
-        prompt_logprobs=first.prompt_logprobs if second.prompt_logprobs is None else second.prompt_logprobs,
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(logprobs) if any(output.logprobs is not None for output in outputs) else None,
+        prompt_logprobs=next((output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None), None),
     )
 
 

@@ -44,6 +44,6 @@ def test_merged_outputs_say_what_both_said() -> None:
     logprobs = TokenLogprobs(token_id=1, logprob=-0.5, rank=1, top=())
     first = RequestOutput(id="a", text="he", token_ids=(1,), logprobs=(logprobs,), prompt_logprobs=(None,), num_output_tokens=1)
     second = RequestOutput(id="a", text="y", token_ids=(2, 3), logprobs=(logprobs, logprobs), finish_reason="stop", num_output_tokens=3)
-    merged = merge_outputs(first, second)
+    merged = merge_outputs([first, second])
     assert (merged.text, merged.token_ids, len(merged.logprobs or ()), merged.prompt_logprobs) == ("hey", (1, 2, 3), 3, (None,))
     assert (merged.finish_reason, merged.num_output_tokens) == ("stop", 3)

@@ -111,6 +111,7 @@ def submit(engine: AsyncEngine, field: str, prompts: Sequence[list[int]], option
     streams: list[OutputStream] = []
     try:
         for prompt_ids, limited in zip(prompts, fitted, strict=True):
+            engine.metrics.request_n.observe(params.n)
             for number in range(params.n):
                 one = _single(limited, number)
                 streams.append(engine.submit(prompt_ids=prompt_ids, params=one, priority=options.priority, cache_salt=options.cache_salt))

@@ -11,8 +11,12 @@ from typing import Any
 
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import json_type
+from jaxserve.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# Far more than all known names together.
+MAX_FIELDS = 512
 
 # Bookkeeping of OpenAI's platform, and hints that matter to other servers: accepted as in vLLM, since no output depends on them.
 WITHOUT_EFFECT: Mapping[str, type] = {
@@ -86,6 +90,8 @@ def check_parameters(fields: Fields, known: Collection[str]) -> None:
       known: names that the caller reads itself.
     Raises: UserError naming the parameter.
     """
+    if len(fields) > MAX_FIELDS:
+        raise UserError(None, f"the body has {len(fields)} fields; at most {MAX_FIELDS} are allowed")
     for name in fields:
         if name in known or not fields.given(name):
             continue

@@ -132,14 +132,13 @@ async def _carry_all(events: EventStream, running: Running, chunks: Chunks) -> N
 
 
 async def _carry(events: EventStream, running: Running, chunks: Chunks, index: int) -> None:
-    held: RequestOutput | None = None
+    held: list[RequestOutput] = []  # tokens without text yet
     async for output in chunks.outputs(running, running.streams[index]):
-        if held is not None:
-            output = merge_outputs(held, output)
-            held = None
+        held.append(output)
         if not output.text and output.finish_reason is None:
-            held = output
             continue
+        output = merge_outputs(held)
+        held.clear()
         if output.logprobs is None and output.prompt_logprobs is None:
             await events.write(chunks.render(index, output))
             continue

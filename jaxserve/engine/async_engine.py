@@ -41,41 +41,41 @@ class EngineState:
 class OutputStream:
     """The outputs of one request, as an async iterator that ends after the one with a finish reason.
 
-    Outputs that come faster than they are read are merged, so that a slow reader costs no memory.
+    Outputs that come faster than they are read are merged; what a slow reader leaves unread is bounded by the answer's length.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self.id = request_id
         self._abort = abort
-        self._output: RequestOutput | None = None
+        self._unread: list[RequestOutput] = []
         self._arrived = asyncio.Event()
         self._ended = False
-        self._aborted = False
 
     def __aiter__(self) -> OutputStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        if self._ended and self._output is None:
+        if not self._ended:
+            await self._arrived.wait()
+            self._arrived.clear()
+        if not self._unread:
             raise StopAsyncIteration
-        await self._arrived.wait()
-        self._arrived.clear()
-        output, self._output = self._output, None
-        if output is None:
-            raise StopAsyncIteration
-        return output
+        unread, self._unread = self._unread, []
+        return merge_outputs(unread)
 
     def abort(self) -> None:
         """Give the request up; its pages are free within a step. Harmless when it has ended."""
-        if not self._ended and not self._aborted:
-            self._aborted = True
+        if not self._ended:
+            self._ended = True
+            self._unread.clear()
+            self._arrived.set()
             self._abort(self.id)
 
     def put(self, output: RequestOutput) -> None:
         """Hand an output to the reader; called on the event loop."""
-        if self._aborted or self._ended:
+        if self._ended:
             return
-        self._output = output if self._output is None else merge_outputs(self._output, output)
+        self._unread.append(output)
         self._ended = output.finish_reason is not None
         self._arrived.set()
 

@@ -94,7 +94,6 @@ class Engine:
         )
         self._metrics.request_prompt.observe(len(request.prompt_ids))
         self._metrics.request_max_tokens.observe(params.max_tokens or 0)
-        self._metrics.request_n.observe(1)
 
     def abort(self, request_id: str) -> None:
         """Forget a request at once, wherever it is; unknown ids are ignored."""

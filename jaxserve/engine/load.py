@@ -58,6 +58,7 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     hf_config = read_config(path)
     family = find_family(hf_config)
     spec = family.spec(hf_config)
+    _check_config(hf_config, ignore=config.model.ignore_config_keys)
     if config.model.max_len is not None and config.model.max_len > spec.max_len:
         raise ConfigError(f"--max-len={config.model.max_len} exceeds the {spec.max_len} tokens that {config.model.model} was trained for")
     use_compile_cache(config.cache_path / "xla")
@@ -75,17 +76,38 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     scheduler = _make_scheduler(config, runner.limits, runner.memory.num_pages)
     engine = Engine(runner, scheduler, tokenizer, metrics, overlap=config.schedule.overlap)
     template = config.model.chat_template
-    source = pathlib.Path(template).read_text(encoding="utf-8") if template else tokenizer.chat_template
+    source = _read_template(template) if template else tokenizer.chat_template
+    max_len = min(runner.limits.max_len, (runner.memory.num_pages - 1) * runner.limits.page_size)
+    if max_len < runner.limits.max_len:
+        log.warning("the cache holds max_len=%d tokens, the model could take %d; give it more with --memory-utilization", max_len, runner.limits.max_len)
     served = ServedModel(
-        tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=runner.limits.max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids
+        tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids
     )
     return engine, served
 
 
+def _check_config(config: HfConfig, *, ignore: bool) -> None:
+    """Refuse keys that no one has read: what is not understood may change the answers."""
+    unread = config.unread()
+    if not unread:
+        return
+    listed = ", ".join(f"{key}={value!r:.60}" for key, value in unread.items())
+    if not ignore:
+        raise ConfigError(f"the model's config has keys that jaxserve does not know: {listed}; --ignore-config-keys goes on without them")
+    log.warning("ignoring keys of the model's config; check its answers: %s", listed)
+
+
 def _load_tokenizer(config: EngineConfig, path: pathlib.Path) -> Tokenizer:
     if config.model.tokenizer is not None:
-        path = resolve_model(config.model.tokenizer, revision=None, cache_dir=config.cache_path)
+        path = resolve_model(config.model.tokenizer, revision=None, cache_dir=config.cache_path, need="tokenizer")
     return load_tokenizer(path)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from None
 
 
 def _eos_ids(config: HfConfig, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:

@@ -44,6 +44,10 @@ _ROPE_NUMBERS = (
 )  # fmt: skip
 
 
+# JSON's integers have no bound; beyond this one they are no number that a model has.
+_HUGE = 1e30
+
+
 def _is_harmless(key: str) -> bool:
     return key in _HARMLESS or key.startswith("_")  # transformers' own notes, such as _name_or_path
 
@@ -140,7 +144,7 @@ class HfConfig:
         return left
 
     def _typed(self, key: str, value: Any, kind: type[Any]) -> Any:
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE:
             return float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)
@@ -169,7 +173,7 @@ class HfConfig:
             raise ConfigError(f"{self._source}: rope_type={rope['rope_type']!r:.80} is not of type str")
         for name in _ROPE_NUMBERS:
             value = rope.get(name)
-            if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
+            if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _HUGE):
                 raise ConfigError(f"{self._source}: {name}={value!r:.80} of the rotary positions is not a positive number")
         return rope
 

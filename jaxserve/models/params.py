@@ -11,9 +11,10 @@ from flax import nnx
 from jaxserve.models.decoder import Decoder
 
 Params = dict[str, jax.Array]
+ModelGraph = nnx.GraphDef[Decoder]
 
 
-def split_model(model: Decoder) -> tuple[nnx.GraphDef[Decoder], dict[str, jax.ShapeDtypeStruct]]:
+def split_model(model: Decoder) -> tuple[ModelGraph, dict[str, jax.ShapeDtypeStruct]]:
     """The static graph of an abstract model and the shape of each parameter by its path, such as groups.0.0.mlp.down.weight."""
     graphdef, state = nnx.split(model)
     leaves: dict[str, jax.ShapeDtypeStruct] = {}
@@ -21,7 +22,7 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef[Decoder], dict[str, jax.Sh
     return graphdef, leaves
 
 
-def merge_model(graphdef: nnx.GraphDef[Decoder], params: Mapping[str, Any]) -> Decoder:
+def merge_model(graphdef: ModelGraph, params: Mapping[str, Any]) -> Decoder:
     """The model with the arrays of `params`; only to be called while tracing, never per step."""
     nested: dict[Any, Any] = {}
     for path, leaf in params.items():

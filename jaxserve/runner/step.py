@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.kv_cache import KVCache
-from jaxserve.models.params import Params, merge_model
+from jaxserve.models.params import ModelGraph, Params, merge_model
 from jaxserve.runner.pack import Layout, unpack
 from jaxserve.runner.sampling import Logprobs, SlotState, sample, token_logprobs
 
@@ -40,7 +39,7 @@ class StepOutputs:
 Step = Callable[[Params, KVCache, SlotState, jax.Array], tuple[KVCache, SlotState, StepOutputs]]
 
 
-def make_step(graphdef: nnx.GraphDef[Decoder], layout: Layout) -> Step:
+def make_step(graphdef: ModelGraph, layout: Layout) -> Step:
     """The step of one shape, to be jitted with the cache and the state donated."""
 
     def step(params: Params, cache: KVCache, state: SlotState, packed: jax.Array) -> tuple[KVCache, SlotState, StepOutputs]:

@@ -154,13 +154,13 @@ class Scheduler:
                 continue
             assert ids, f"the row of request {request.id} samples but has no token"
             request.num_in_flight -= 1
-            output_ids, taken = request.output_ids, 0
-            for token in ids:
-                taken += 1
+            output_ids = request.output_ids
+            for i, token in enumerate(ids, 1):
                 output_ids.append(token)
                 if (token in request.stop_ids or len(output_ids) >= entry.max_output) and self._finish_at(entry, token):
+                    ids = ids[:i]
                     break
-            gained.append((row, tuple(ids[:taken])))
+            gained.append((row, tuple(ids)))
         return gained
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
@@ -348,8 +348,8 @@ class Scheduler:
         request = entry.request
         row = plan.take_back(request)
         if row is not None:
-            request.num_in_flight -= row.samples
-            entry.chunks_in_flight -= not row.samples
+            assert row.samples, "only rows of answers are taken back: the chunks planned so far are those of better requests"
+            request.num_in_flight -= 1
         move(entry, self._preempted)
         self._release(request)
         request.status = "preempted"

@@ -18,6 +18,7 @@ _RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_f
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _PROBE = "jaxserve-probe"
+_PROBE_SECONDS = 0.2
 
 Message = Mapping[str, Any]
 ContentStyle = Literal["text", "parts", "both"]
@@ -117,7 +118,7 @@ class ChatTemplate:
         messages = [*(message(each, "question") for each in before), message(role, _PROBE), *(message(each, "question") for each in after)]
         variables = {"documents": None, "tools": None, "add_generation_prompt": True, **self._constants, "messages": messages}
         try:
-            text = self._program.render(variables)
+            text = self._program.render(variables, max_seconds=_PROBE_SECONDS)
         except Exception:  # as in _run; what cannot render the probe is treated as reading plain text
             return False
         return _PROBE in text and "'type': 'text'" not in text and '"type": "text"' not in text

