@@ -7,86 +7,144 @@ within --drain-timeout-s, exit code 0; a second signal stops at once. If the eng
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import os
+import resource
 import signal
+import socket
 import sys
-from types import FrameType
+from collections.abc import Iterator
 
 import uvicorn
 
 from jaxserve.api.app import create_app
-from jaxserve.config import EngineConfig, parse_args
+from jaxserve.api.connection import Connection
+from jaxserve.config import EngineConfig, ServerConfig, parse_args
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+_BACKLOG = 4096
+_OPEN_FILES = 65_536
+# After the drain: for clients to take the last bytes, and for the engine to end its step.
+_LAST_BYTES_S = 5
+_LAST_STEP_S = 5.0
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without signal handlers of its own: `Server` decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
 
 class Server:
-    """One engine and its HTTP front end, from start to drained."""
+    """One engine and its HTTP front end, from start to drained.
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._signals = 0
+    Args:
+      listener: the socket to serve on, listening already.
+    """
+
+    def __init__(self, config: EngineConfig, listener: socket.socket) -> None:
+        self._config = config.server
+        self._listener = listener
+        self._engine = AsyncEngine(config, on_failure=self._on_failure)
+        self._http = HttpServer(_uvicorn_config(config.server, self._engine))
+        self._stop_asked = asyncio.Event()
+        self._num_signals = 0
         self._failed = False
-        self._stopped: asyncio.Event
-        self._uvicorn: uvicorn.Server
 
     def run(self) -> int:
         """Serve until a signal or a failure; returns the exit code."""
-        asyncio.run(self._serve())
-        return 1 if self._failed else 0
+        with asyncio.Runner(loop_factory=self._http.config.get_loop_factory()) as runner:
+            stopped = runner.run(self._serve())
+        code = 1 if self._failed else 0
+        if not stopped:
+            # It loads, compiles, or waits for a device that hangs: the interpreter's own exit would wait for that.
+            _exit_at_once(code)
+        return code
 
-    async def _serve(self) -> None:
+    async def _serve(self) -> bool:
+        """Serve and drain; whether the engine has ended."""
         loop = asyncio.get_running_loop()
-        self._stopped = asyncio.Event()
-        engine = AsyncEngine(self._config, on_failure=self._on_failure)
-        server = self._config.server
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(
-                create_app(engine), host=server.host, port=server.port, log_level=server.log_level, access_log=server.access_log,
-                lifespan="off", timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10, server_header=False,
-            )  # fmt: skip
-        )
-        self._uvicorn.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        engine.start()
-        serving = asyncio.create_task(self._uvicorn._serve())
-        stopping = asyncio.create_task(self._stopped.wait())
+        self._engine.start()
+        log.info("listening on http://%s:%d", self._config.host, self._listener.getsockname()[1])
+        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        stopping = asyncio.create_task(self._stop_asked.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        engine.begin_drain()
-        if not self._failed and await engine.wait_idle(server.drain_timeout_s):
-            await asyncio.sleep(0.1)  # the last bytes of the last streams
-        self._uvicorn.should_exit = True
-        await asyncio.wait({serving}, timeout=5)
-        engine.stop()
+        stopping.cancel()
+        if not await self._engine.wait_idle(self._config.drain_timeout_s):
+            log.warning("answers cut off: %d were still running", self._engine.num_unfinished)
+            self._engine.abort_all()
+        self._http.should_exit = True
+        await serving
+        return self._engine.stop(timeout_s=_LAST_STEP_S)
 
-    def _on_signal(self, *_: FrameType) -> None:
-        self._signals += 1
-        if self._signals > 1:
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        if self._num_signals > 1:
             log.warning("stopping at once")
-            self._uvicorn.force_exit = True
-            sys.exit(0)
-        log.info("draining: running answers have %.0f s to finish", self._config.server.drain_timeout_s)
-        self._stopped.set()
+            _exit_at_once(0)
+        log.info("draining: running answers have %.0f s to finish", self._config.drain_timeout_s)
+        self._engine.begin_drain()
+        self._stop_asked.set()
 
     def _on_failure(self, detail: str) -> None:
         log.critical("stopping: %s", detail)
         self._failed = True
-        self._stopped.set()
+        self._stop_asked.set()
+
+
+def _uvicorn_config(server: ServerConfig, engine: AsyncEngine) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(engine), http=Connection.with_timeouts(server.read_timeout_s, server.write_timeout_s), ws="none", lifespan="off",
+        log_config=None, access_log=server.access_log, proxy_headers=False, server_header=False, backlog=_BACKLOG, timeout_keep_alive=75,
+        timeout_graceful_shutdown=_LAST_BYTES_S,
+    )  # fmt: skip
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises: ConfigError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --host and --port") from None
+
+
+def _raise_file_limit() -> None:
+    """Every connection takes a file descriptor, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _exit_at_once(code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> None:
     """Entry point of the command line."""
     try:
         config = parse_args(sys.argv[1:])
+        listener = _listen(config.server.host, config.server.port)
     except ConfigError as error:
         sys.exit(f"jaxserve: {error}")
     logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _raise_file_limit()
     gc.set_threshold(10_000, 50, 50)  # a full collection among a model's many objects would stall a step
-    sys.exit(Server(config).run())
+    sys.exit(Server(config, listener).run())
 
 
 if __name__ == "__main__":

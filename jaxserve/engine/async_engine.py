@@ -163,12 +163,20 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         return not self._streams
 
-    def stop(self) -> None:
-        """End the thread after its current step."""
+    def abort_all(self) -> None:
+        """End every request; its reader gets the finish reason "abort"."""
+        for request_id in list(self._streams):
+            self._inbox.append(request_id)
+            self._deliver([RequestOutput(id=request_id, finish_reason="abort")])
+        self._wake.set()
+
+    def stop(self, *, timeout_s: float) -> bool:
+        """End the thread after its current step; whether it has ended in time. Loading cannot be interrupted and is not waited for."""
         self._stopping = True
         self._wake.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=10)
+        if self._served is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _check_queue(self, prompt_len: int) -> None:
         limits = self.config.schedule

@@ -126,8 +126,8 @@ class Scheduler:
         plan = Plan()
         self._plan_decodes(plan)
         budget = self._max_step_tokens
-        if plan.num_tokens:
-            budget = min(budget, max(self._max_mixed_tokens, plan.num_tokens))
+        if plan.rows:  # answers go on, be they more than the mixed budget; nothing comes on top of them then
+            budget = min(budget, self._max_mixed_tokens)
         self._plan_chunks(plan, budget)
         if not plan.preempted:
             self._plan_admissions(plan, budget)

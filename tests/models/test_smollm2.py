@@ -8,16 +8,18 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
+from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.source import resolve_model
 from tests.models.paged import logits_of
 
-PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # "The capital of France is Paris.<|im_end|>"
+# "The capital of France is Paris.<|im_end|>", computed with transformers 5.23.0 on weights dequantized by the gguf package.
+PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 SUBJECTS = ["the sea", "bread", "a small town", "prime numbers", "winter", "the moon", "an old clock", "rivers", "music", "a lost key"]
-FORMS = ["Write a short story about {}.", "Explain {} to a child.", "List three facts about {}:", "Once upon a time, {}"]
+FORMS = ["About {}, in short: a story", "Is {} a thing that", "{} and three facts about it", "Then {} was what they"]
 
 
 @functools.cache
@@ -28,9 +30,13 @@ def model_path() -> pathlib.Path:
 
 @functools.cache
 def reference() -> torch.nn.Module:
-    path = model_path()
-    source = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    return AutoModelForCausalLM.from_pretrained(path.parent if source else path, dtype=torch.float32, **source).eval()
+    """transformers' Llama with the weights that our reader finds; the golden ids below do not depend on our reader."""
+    with open_checkpoint(model_path()) as checkpoint:
+        weights = {name: torch.from_numpy(np.array(checkpoint.read(name), np.float32)) for name in checkpoint.tensors}
+    model = LlamaForCausalLM(LlamaConfig(**read_config(model_path()).values))
+    model.load_state_dict(weights, strict=False)
+    assert set(weights) == {name for name, _ in model.named_parameters()}
+    return model.eval()
 
 
 def test_logits_equal_transformers() -> None:
@@ -42,16 +48,14 @@ def test_logits_equal_transformers() -> None:
 
 
 def test_forty_greedy_continuations_equal_transformers() -> None:
-    llm = LLM(max_rows=20, max_len=128, max_step_tokens=128, decode_rows=(20,), prefill_tokens=(128,), cache_bytes=300 << 20)
-    prompts = [form.format(subject) for form in FORMS for subject in SUBJECTS]
+    llm = LLM(max_rows=40, max_len=128, max_step_tokens=128, decode_rows=(40,), prefill_tokens=(128,), cache_bytes=300 << 20)
+    texts = [form.format(subject) for form in FORMS for subject in SUBJECTS]
+    prompts = [llm.tokenizer.encode(text, add_special_tokens=True)[:5] for text in texts]  # of one length: no padding in the reference
     greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     found = llm.generate(prompts, greedy, use_tqdm=False)
-    for length in sorted({len(result.prompt_token_ids) for result in found}):  # same lengths together: no padding in the reference
-        group = [result for result in found if len(result.prompt_token_ids) == length]
-        ids = torch.tensor([result.prompt_token_ids for result in group])
-        with torch.no_grad():
-            expected = reference().generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2)[:, length:]
-        assert [list(result.outputs[0].token_ids) for result in group] == expected.tolist()
+    with torch.no_grad():
+        expected = reference().generate(torch.tensor(prompts), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2)[:, 5:]
+    assert [list(result.outputs[0].token_ids) for result in found] == expected.tolist()
     paris = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
     assert list(paris[0].outputs[0].token_ids) == PARIS
 

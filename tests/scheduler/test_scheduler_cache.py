@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.request import Request
-from tests.scheduler.simulation import finish_step, make_request, make_scheduler, run_all, run_step
+from tests.scheduler.simulation import finish_step, make_request, make_scheduler, run_all, run_step, shown
 
 
 def test_pages_run_out_and_the_youngest_of_the_worst_priority_gives_way() -> None:
@@ -30,19 +30,53 @@ def test_pages_run_out_and_the_youngest_of_the_worst_priority_gives_way() -> Non
 
 def test_prompt_chunk_takes_the_pages_of_a_worse_answer_that_this_step_already_continued() -> None:
     scheduler = make_scheduler(num_pages=9, prefix_cache=False, max_mixed_tokens=5)
-    worse, better = make_request("worse", [1] * 4, priority=1, max_tokens=20), make_request("better", [2] * 16, max_tokens=9)
+    worse, better = make_request("worse", [1] * 4, priority=1, max_tokens=20), make_request("better", [2] * 24, max_tokens=3)
     scheduler.add(worse)
     run_step(scheduler)
     scheduler.add(better)
-    seen: list[tuple[str, ...]] = []
-    while better.num_preemptions == worse.num_preemptions == 0:
-        schedule = scheduler.schedule()
-        scheduler.check()
-        seen.append(tuple(request.id for request in schedule.preempted))
-        finish_step(scheduler, schedule)
-    assert seen[-1] == ("worse",)
+    for start in range(0, 20, 4):
+        assert run_step(scheduler) == [("worse", 4 + start // 4, 1, True), ("better", start, 4, False)]
+    assert scheduler.num_free_pages == 0
+    schedule = scheduler.schedule()
+    scheduler.check()
+    assert (shown(schedule), schedule.preempted, schedule.num_tokens) == ([("better", 20, 4, True)], (worse,), 4)
+    assert worse.num_in_flight == 0
+    finish_step(scheduler, schedule)
     run_all(scheduler)
-    assert [len(worse.output_ids), len(better.output_ids)] == [20, 9]
+    assert [len(worse.output_ids), len(better.output_ids)] == [20, 3]
+
+
+def test_preempted_prompt_returns_only_when_its_chunk_in_flight_is_collected() -> None:
+    scheduler = make_scheduler(num_pages=10, prefix_cache=False, max_mixed_tokens=3)
+    answer, prompt = make_request("answer", [1] * 4, max_tokens=30), make_request("prompt", [2] * 28)
+    scheduler.add(answer)
+    before = scheduler.schedule()
+    scheduler.add(prompt)
+    schedule = scheduler.schedule()
+    while not schedule.preempted:
+        finish_step(scheduler, before)
+        before, schedule = schedule, scheduler.schedule()
+    assert schedule.preempted == (prompt,)
+    assert before.rows[-1].request is prompt
+    scheduler.finish(answer, "abort")
+    assert scheduler.schedule().rows == (), "a chunk of the prompt is in flight"
+    finish_step(scheduler, before)
+    assert run_step(scheduler) == [("prompt", 0, 16, False)]
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    scheduler = make_scheduler(num_pages=7, prefix_cache=False, max_rows=2)
+    for name, priority in (("a", 0), ("b", 2)):
+        scheduler.add(make_request(name, [1] * 8, priority=priority, max_tokens=12))
+    run_step(scheduler)
+    scheduler.add(make_request("c", [1], priority=1))
+    schedule = scheduler.schedule()
+    while not schedule.preempted:
+        finish_step(scheduler, schedule)
+        schedule = scheduler.schedule()
+    assert [row.request.id for row in schedule.rows] == ["a"]
+    finish_step(scheduler, schedule)
+    assert [row[0] for row in run_step(scheduler)] == ["a", "c"]
 
 
 def test_preempted_request_keeps_the_token_in_flight_and_returns_only_when_it_is_collected() -> None:
@@ -106,6 +140,16 @@ def test_cached_prefix_is_not_computed_again_but_the_last_token_is() -> None:
     assert run_step(scheduler) == [("again", 4, 4, True), ("longer", 8, 3, True)]
     assert (again.num_cached, longer.num_cached) == (4, 8)
     assert (scheduler.prefix_queries, scheduler.prefix_hits) == (27, 12)
+
+
+def test_cached_tokens_are_counted_at_the_first_admission_only() -> None:
+    scheduler = make_scheduler(num_pages=7)
+    requests = [make_request(name, [ord(name)] * 8, max_tokens=12) for name in "ab"]
+    for request in requests:
+        scheduler.add(request)
+    run_all(scheduler)
+    assert requests[1].num_preemptions > 0
+    assert ([request.num_cached for request in requests], scheduler.prefix_queries, scheduler.prefix_hits) == ([0, 0], 16, 0)
 
 
 def test_pages_of_an_answer_are_found_by_the_next_turn_of_a_conversation() -> None:
