@@ -14,8 +14,8 @@ import pathlib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
 
 from jaxserve.errors import ConfigError
 
@@ -35,7 +35,9 @@ class ModelConfig:
     tokenizer: str | None = _option(None, "hub id or directory of the tokenizer; default: the model's own")
     chat_template: str | None = _option(None, "file with a Jinja chat template; default: the model's own, else a documented plain one")
     ignore_config_keys: bool = _option(False, "load a model whose config.json has keys that jaxserve does not know")
-    dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "weights and activations; auto: float32 on CPU, bfloat16 on TPU and GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto", "weights and activations; auto: float32 on CPU, bfloat16 on TPU and GPU"
+    )
     max_len: int | None = _option(None, "most tokens of prompt and answer together; default: what the model was trained for")
     seed: int = _option(0, "seed of requests that bring none is drawn from this")
 
@@ -59,7 +61,8 @@ class ScheduleConfig:
     max_rows: int | None = _option(None, "most requests in one step; default: 64 on CPU, 256 elsewhere")
     max_step_tokens: int | None = _option(None, "most tokens in one step; longer prompts are cut; default: 512 on CPU, 2048 elsewhere")
     max_mixed_tokens: int | None = _option(
-        None, "most tokens in a step while answers are being written; bounds the time between their tokens; default: a quarter of max_step_tokens"
+        None,
+        "most tokens in a step while answers are being written; bounds the time between their tokens; default: a quarter of max_step_tokens",
     )
     max_queue: int = _option(4096, "most requests waiting; beyond it clients get 429")
     max_queue_tokens: int = _option(8_000_000, "most prompt tokens waiting; beyond it clients get 429")
@@ -72,7 +75,9 @@ class CompileConfig:
 
     decode_rows: tuple[int, ...] | None = _option(None, "row counts to compile decode steps for, e.g. 1,4,16; default: powers of two")
     prefill_tokens: tuple[int, ...] | None = _option(None, "token counts to compile mixed steps for; default: spaced up to max_step_tokens")
-    layer_loop: Literal["auto", "scan", "unroll"] = _option("auto", "layers as a loop or written out; auto: scan on TPU, unroll on GPU and CPU")
+    layer_loop: Literal["auto", "scan", "unroll"] = _option(
+        "auto", "layers as a loop or written out; auto: scan on TPU, unroll on GPU and CPU"
+    )
     compile_threads: int | None = _option(None, "shapes compiled at a time; default: one per core, at most 8")
     cache_dir: str | None = _option(None, "downloads and compiled programs; default: $JAXSERVE_CACHE or ~/.cache/jaxserve")
 
@@ -222,9 +227,16 @@ def _add_flag(group: Any, section: str, field: dataclasses.Field[Any], hint: Any
     elif typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
         metavar = "N,N,..." if item is int else "A,B,..."
-        group.add_argument(flag, dest=dest, type=lambda value: tuple(item(part) for part in value.split(",") if part), metavar=metavar, help=text)
+        group.add_argument(flag, dest=dest, type=_list_of(item), metavar=metavar, help=text)
     else:
         group.add_argument(flag, dest=dest, type=inner, metavar=inner.__name__.upper(), help=text.replace("%", "%%"))
+
+
+def _list_of(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def comma_separated(value: str) -> tuple[Any, ...]:
+        return tuple(item(part) for part in value.split(",") if part)
+
+    return comma_separated
 
 
 def _from_nested(nested: Mapping[str, Any], source: str) -> EngineConfig:
@@ -237,7 +249,7 @@ def _from_nested(nested: Mapping[str, Any], source: str) -> EngineConfig:
             continue
         hints = typing.get_type_hints(kinds[section])
         checked: dict[str, Any] = {}
-        for name, value in values.items():
+        for name, value in cast(Mapping[str, Any], values).items():
             if name not in hints:
                 problems.append(f"{source}: [{section}] has no option {name}; it has {', '.join(hints)}")
             elif not _fits(value, hints[name]):
@@ -265,7 +277,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(inner)
     if typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
-        return isinstance(value, list | tuple) and all(_fits(part, item) for part in value)
+        return isinstance(value, list | tuple) and all(_fits(part, item) for part in cast(Sequence[Any], value))
     if inner is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is inner

@@ -108,14 +108,17 @@ class LLM:
         ids = [self._served.tokenizer.encode(text or "", add_special_tokens=False) for text in texts]
         return self._run(texts, ids, _spread(params, len(ids)), use_tqdm=use_tqdm)
 
-    def _run(self, texts: list[str | None], prompts: list[list[int]], params: list[SamplingParams], *, use_tqdm: bool) -> list[RequestResult]:
+    def _run(
+        self, texts: list[str | None], prompts: list[list[int]], params: list[SamplingParams], *, use_tqdm: bool
+    ) -> list[RequestResult]:
         requests: list[list[Request]] = []
         for ids, each in zip(prompts, params, strict=True):
             seeds = [each.seed if each.seed is None else each.seed + i for i in range(each.n)]
             requests.append([self._admission.make_request(ids, dataclasses.replace(each, n=1, seed=seed)) for seed in seeds])
         answers = self._drive([request for group in requests for request in group], use_tqdm=use_tqdm)
         return [
-            _result(text, ids, [answers[request.id] for request in group]) for text, ids, group in zip(texts, prompts, requests, strict=True)
+            _result(text, ids, [answers[request.id] for request in group])
+            for text, ids, group in zip(texts, prompts, requests, strict=True)
         ]
 
     def _drive(self, requests: list[Request], *, use_tqdm: bool) -> dict[str, RequestOutput]:
@@ -151,7 +154,9 @@ class LLM:
             if "prompt_token_ids" in prompt:
                 return list(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
-        return self._served.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+        return (
+            self._served.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+        )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -182,11 +187,19 @@ def _result(text: str | None, ids: list[int], answers: list[RequestOutput]) -> R
         assert answer.finish_reason is not None, f"{answer.id=} has not ended"
         outputs.append(
             CompletionOutput(
-                index=index, text=answer.text, token_ids=answer.token_ids, logprobs=answer.logprobs, finish_reason=answer.finish_reason,
+                index=index,
+                text=answer.text,
+                token_ids=answer.token_ids,
+                logprobs=answer.logprobs,
+                finish_reason=answer.finish_reason,
                 stop_reason=answer.stop_reason,
-            )  # fmt: skip
+            )
         )
     first = answers[0]
     return RequestResult(
-        prompt=text, prompt_token_ids=tuple(ids), prompt_logprobs=first.prompt_logprobs, outputs=tuple(outputs), num_cached_tokens=first.num_cached_tokens
+        prompt=text,
+        prompt_token_ids=tuple(ids),
+        prompt_logprobs=first.prompt_logprobs,
+        outputs=tuple(outputs),
+        num_cached_tokens=first.num_cached_tokens,
     )

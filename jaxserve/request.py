@@ -167,10 +167,10 @@ class Request:
     seed: int = 0
     cache_salt: str | None = None
     stop_ids: frozenset[int] = frozenset()
-    output_ids: list[int] = dataclasses.field(default_factory=list)
+    output_ids: list[int] = dataclasses.field(default_factory=list[int])
     num_computed: int = 0
     num_in_flight: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list[int])
     slot: int = -1
     num_cached: int = -1
     num_preemptions: int = 0
@@ -250,7 +250,7 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
     )
 
 
-def _check_range(field: str, value: float, low: float, high: float) -> None:
+def _check_range(field: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(field, f"{field} must be a number, not {type(value).__name__}")
     if not math.isfinite(value) or not low <= value <= high:

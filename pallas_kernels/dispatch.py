@@ -19,7 +19,7 @@ def call(implementations: Mapping[str, Callable[..., Any]], implementation: str 
         if implementation not in implementations:
             raise ValueError(f"no implementation {implementation!r}; there are {', '.join(implementations)}")
         return implementations[implementation](*args, **kwargs)
-    native = PLATFORM_NAMES.get(jax.default_backend())
+    native = PLATFORM_NAMES.get(jax.default_backend(), "xla")
     if native in implementations:
         try:
             return implementations[native](*args, **kwargs)

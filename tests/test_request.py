@@ -13,10 +13,11 @@ from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs, merge
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0), ("top_p", 1.1),
+        ("max_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("top_p", 0.0), ("top_p", 1.1),
         ("top_k", -2), ("min_p", 2.0), ("presence_penalty", 2.5), ("frequency_penalty", -3.0), ("repetition_penalty", 0.0), ("seed", 2**64),
         ("n", 0), ("n", 17), ("logprobs", 21), ("prompt_logprobs", -1), ("stop", [""]), ("stop", ["a"] * 5), ("stop", ["x" * 2000]),
-        ("stop_token_ids", [1] * 65), ("logit_bias", {1: 101.0}), ("logit_bias", {i: 0.0 for i in range(1025)}), ("temperature", True),
+        ("stop_token_ids", [1] * 65), ("logit_bias", {1: 101.0}), ("logit_bias", dict.fromkeys(range(1025), 0.0)), ("temperature", True),
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:

@@ -14,7 +14,9 @@ VOCAB = 320
 EOS = "<|end|>"
 TEXT = ["the quick brown fox jumps over the lazy dog", "a capital of a country is a city", "日本語 émoji 😀🎉 text"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}" + EOS + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
+    + EOS
+    + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 

@@ -1,8 +1,8 @@
 """The engine behind asyncio: one thread loads, compiles and steps; requests and outputs cross as plain data.
 
-        event loop                                engine thread
-  submit -> inbox ------------------------------> drain inbox, schedule, dispatch, collect
-  OutputStream <- one call per step <------------ outputs of the step
+      event loop                                engine thread
+submit -> inbox ------------------------------> drain inbox, schedule, dispatch, collect
+OutputStream <- one call per step <------------ outputs of the step
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def submit(self, *, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None) -> OutputStream:
+    def submit(
+        self, *, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None
+    ) -> OutputStream:
         """Queue a request; to be called on the event loop. params.n is the front end's business.
 
         Raises: UserError, QueueFullError, EngineUnavailableError; then nothing has been queued.
@@ -236,7 +238,9 @@ class AsyncEngine:
                 self._inbox.appendleft(item)  # submit() let it in on counts that were a step old; it waits here instead
                 break
             except UserError as error:
-                outputs.append(RequestOutput(id=item.id, finish_reason="error", error=error.message, num_prompt_tokens=len(item.prompt_ids)))
+                outputs.append(
+                    RequestOutput(id=item.id, finish_reason="error", error=error.message, num_prompt_tokens=len(item.prompt_ids))
+                )
         self._waiting = engine.waiting
         return outputs
 

@@ -56,7 +56,14 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, metrics: Metrics, *, overlap: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        overlap: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner, self._scheduler, self._tokenizer, self._metrics = runner, scheduler, tokenizer, metrics
         self._overlap, self._clock = overlap, clock
@@ -258,7 +265,8 @@ class Engine:
         metrics.cache_usage.set(scheduler.usage)
         counts = (scheduler.num_preemptions, scheduler.prefix_queries, scheduler.prefix_hits)
         if counts != self._counted:
-            for counter, now, before in zip((metrics.preemptions, metrics.prefix_queries, metrics.prefix_hits), counts, self._counted, strict=True):
+            for counter, now, before in zip(
+                (metrics.preemptions, metrics.prefix_queries, metrics.prefix_hits), counts, self._counted, strict=True
+            ):
                 counter.inc(now - before)
             self._counted = counts
-

@@ -79,7 +79,11 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     source = _read_template(template) if template else tokenizer.chat_template
     max_len = min(runner.limits.max_len, (runner.memory.num_pages - 1) * runner.limits.page_size)
     if max_len < runner.limits.max_len:
-        log.warning("the cache holds max_len=%d tokens, the model could take %d; give it more with --memory-utilization", max_len, runner.limits.max_len)
+        log.warning(
+            "the cache holds max_len=%d tokens, the model could take %d; give it more with --memory-utilization",
+            max_len,
+            runner.limits.max_len,
+        )
     served = ServedModel(
         tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids
     )

@@ -96,7 +96,13 @@ def _apply_group(
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all groups that are alike, then inlined
 def _apply_pattern(
-    graphdef: nnx.GraphDef[nnx.List[Layer]], x: jax.Array, pages: tuple[jax.Array, ...], index: jax.Array, weights: Any, batch: Batch, angles: Angles
+    graphdef: nnx.GraphDef[nnx.List[Layer]],
+    x: jax.Array,
+    pages: tuple[jax.Array, ...],
+    index: jax.Array,
+    weights: Any,
+    batch: Batch,
+    angles: Angles,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     written = []
     for layer, its_pages in zip(nnx.merge(graphdef, weights), pages, strict=True):

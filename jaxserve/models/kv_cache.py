@@ -13,7 +13,9 @@ KVCache = tuple[tuple[jax.Array, ...], ...]
 """Per layer group, per layer of its pattern: [R, num_pages, page_size, 2K, H]."""
 
 
-def cache_shapes(groups: tuple[LayerGroup, ...], *, num_pages: int, page_size: int, dtype: jnp.dtype) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
+def cache_shapes(
+    groups: tuple[LayerGroup, ...], *, num_pages: int, page_size: int, dtype: jnp.dtype
+) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
     """Abstract KVCache for the groups."""
     return tuple(
         tuple(

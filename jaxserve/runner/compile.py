@@ -26,7 +26,7 @@ def count_compiles(metrics: Metrics) -> None:
     """Count every program that jax compiles, or fetches from its cache, in this process from here on."""
     target = weakref.ref(metrics)  # jax keeps its listeners for ever
 
-    def listen(event: str, _seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         living = target()
         if living is not None and event == "/jax/core/compile/backend_compile_duration":
             living.compiles.inc()

@@ -63,9 +63,9 @@ def plan_memory(
     needed = 2 if cache.num_pages or cache.cache_bytes else 1 + -(-min(max_len, 256) // page_size)
     if num_pages < needed or num_pages * page_bytes > max(room, 0):
         raise ConfigError(
-            f"{num_pages} cache pages of {page_bytes} bytes do not fit: of {total} bytes, weights take {weights}, sampling state {state}, "
-            f"temporaries about {temporaries}; lower --max-rows, --max-step-tokens, --num-pages or --cache-bytes, or raise --memory-utilization"
+            f"{num_pages} cache pages of {page_bytes} bytes do not fit: of {total} bytes, weights take {weights}, "
+            f"sampling state {state}, "
+            f"temporaries about {temporaries}; "
+            "lower --max-rows, --max-step-tokens, --num-pages or --cache-bytes, or raise --memory-utilization"
         )
-    return MemoryPlan(
-        total=total, weights=weights, cache=num_pages * page_bytes, state=state, temporaries=temporaries, num_pages=num_pages
-    )
+    return MemoryPlan(total=total, weights=weights, cache=num_pages * page_bytes, state=state, temporaries=temporaries, num_pages=num_pages)

@@ -19,7 +19,7 @@ from jaxserve.models.kv_cache import KVCache, cache_shapes, page_bytes
 from jaxserve.models.names import Family
 from jaxserve.models.params import Params, split_model
 from jaxserve.models.spec import ModelSpec, fold_layers
-from jaxserve.request import Request, TokenLogprobs
+from jaxserve.request import MAX_LOGIT_BIAS, Request, TokenLogprobs
 from jaxserve.runner.compile import compile_all
 from jaxserve.runner.memory import MemoryPlan, num_bytes, plan_memory
 from jaxserve.runner.pack import Layout, Packer
@@ -27,7 +27,6 @@ from jaxserve.runner.sampling import MAX_BANNED, SEEN_CHUNK, Logprobs, SlotState
 from jaxserve.runner.shapes import StepShape, make_shapes, pick_shape
 from jaxserve.runner.step import StepOutputs, make_step
 from jaxserve.scheduler.schedule import Schedule
-from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.load import load_params
 
@@ -162,7 +161,11 @@ class Runner:
         scalar, ids = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((SEEN_CHUNK,), jnp.int32)
         flag = jax.ShapeDtypeStruct((), jnp.bool_)
         row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._state_shapes)
-        return jax.jit(seed_slot, donate_argnums=0).lower(self._state_shapes, scalar, flag, ids, ids, row.bias_ids, row.bias_values, row.banned).compile()
+        return (
+            jax.jit(seed_slot, donate_argnums=0)
+            .lower(self._state_shapes, scalar, flag, ids, ids, row.bias_ids, row.bias_values, row.banned)
+            .compile()
+        )
 
     @property
     def usable(self) -> bool:
@@ -240,6 +243,7 @@ def _token_logprobs(host: Logprobs, i: int, token: int, num_top: int) -> TokenLo
     """Row i of host arrays; -inf becomes the lowest finite float, as JSON has no infinity."""
     lowest = -9999.0  # vLLM's stand-in for minus infinity
     top = tuple(
-        (int(token_id), max(float(value), lowest)) for token_id, value in zip(host.top_ids[i, :num_top], host.top_logprobs[i, :num_top], strict=True)
+        (int(token_id), max(float(value), lowest))
+        for token_id, value in zip(host.top_ids[i, :num_top], host.top_logprobs[i, :num_top], strict=True)
     )
     return TokenLogprobs(token_id=token, logprob=max(float(host.logprob[i]), lowest), rank=int(host.rank[i]), top=top)

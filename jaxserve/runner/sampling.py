@@ -11,6 +11,7 @@ A row's random number depends on its seed and on the position of the token alone
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +78,24 @@ class Logprobs:
 def slot_state_shapes(max_rows: int, vocab_size: int) -> SlotState:
     """Abstract SlotState."""
 
-    def make(*dims: int, dtype: jnp.dtype = jnp.dtype(jnp.int32)) -> jax.ShapeDtypeStruct:
+    def make(*dims: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((max_rows, *dims), dtype)
 
     return SlotState(
         last_token=make(), seen=make(vocab_size), bias_ids=make(MAX_LOGIT_BIAS),
-        bias_values=make(MAX_LOGIT_BIAS, dtype=jnp.dtype(jnp.float32)), banned=make(MAX_BANNED),
+        bias_values=make(MAX_LOGIT_BIAS, dtype=jnp.float32), banned=make(MAX_BANNED),
     )  # fmt: skip
 
 
 def seed_slot(
-    state: SlotState, slot: jax.Array, first: jax.Array, ids: jax.Array, amount: jax.Array, bias_ids: jax.Array, bias_values: jax.Array, banned: jax.Array
+    state: SlotState,
+    slot: jax.Array,
+    first: jax.Array,
+    ids: jax.Array,
+    amount: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+    banned: jax.Array,
 ) -> SlotState:
     """Give a slot to a request: its bias and bans, and its tokens so far, SEEN_CHUNK at a time.
 
@@ -116,7 +124,9 @@ def sample(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax
     slot = jnp.maximum(rows.slot, 0)
     live = rows.slot >= 0
     wants = jnp.where(live, rows.wants, 0)
-    adjusted = jax.lax.cond(jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS)), lambda: _adjust(logits, rows, wants, slot, state), lambda: logits)
+    adjusted = jax.lax.cond(
+        jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS)), lambda: _adjust(logits, rows, wants, slot, state), lambda: logits
+    )
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
     random = live & (rows.temperature >= _GREEDY_BELOW)
     tokens = jax.lax.cond(jnp.any(random), lambda: jnp.where(random, _draw(adjusted, rows, random), greedy), lambda: greedy)
@@ -148,7 +158,10 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
 
 def _no_logprobs(S: int) -> Logprobs:
     return Logprobs(
-        logprob=jnp.zeros(S), rank=jnp.zeros(S, jnp.int32), top_ids=jnp.zeros((S, MAX_LOGPROBS), jnp.int32), top_logprobs=jnp.zeros((S, MAX_LOGPROBS))
+        logprob=jnp.zeros(S),
+        rank=jnp.zeros(S, jnp.int32),
+        top_ids=jnp.zeros((S, MAX_LOGPROBS), jnp.int32),
+        top_logprobs=jnp.zeros((S, MAX_LOGPROBS)),
     )
 
 
@@ -178,7 +191,9 @@ def _draw(logits: jax.Array, rows: SamplingRows, random: jax.Array) -> jax.Array
     weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))  # the likeliest weighs 1
     truncated = random & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
     weights = jax.lax.cond(jnp.any(truncated), lambda: _truncate(weights, rows), lambda: weights)
-    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), position))(rows.seed, rows.position)
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), position))(
+        rows.seed, rows.position
+    )
     uniform = jax.vmap(jax.random.uniform)(keys)
     return _invert(weights, uniform)
 

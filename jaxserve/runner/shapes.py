@@ -46,7 +46,9 @@ def pick_shape(shapes: tuple[StepShape, ...], schedule: Schedule) -> StepShape:
     scored = any(row.request.params.prompt_logprobs is not None and row.start < len(row.request.prompt_ids) for row in schedule.rows)
     decodes = schedule.num_tokens == len(schedule.rows)
     kinds = ("score",) if scored else ("decode", "prefill") if decodes else ("prefill",)
-    fitting = [shape for shape in shapes if shape.kind in kinds and shape.tokens >= schedule.num_tokens and shape.rows >= len(schedule.rows)]
+    fitting = [
+        shape for shape in shapes if shape.kind in kinds and shape.tokens >= schedule.num_tokens and shape.rows >= len(schedule.rows)
+    ]
     assert fitting, f"no shape for {schedule.num_tokens=} rows={len(schedule.rows)} among {shapes}"
     return min(fitting, key=lambda shape: (shape.tokens, shape.kind))
 

@@ -25,7 +25,19 @@ def running_server(model: pathlib.Path, *options: str, start_timeout_s: float = 
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as output:
-        command = [sys.executable, "-m", "jaxserve.serve", "--model", str(model), "--host", "127.0.0.1", "--port", str(port), *SMALL, *options]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxserve.serve",
+            "--model",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *SMALL,
+            *options,
+        ]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             _wait_until_ready(url, process, time.monotonic() + start_timeout_s)

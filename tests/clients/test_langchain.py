@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
@@ -22,9 +24,8 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def llm() -> Iterator[ChatOpenAI]:
     with running_server(tiny_model(chat_template=False), "--served-model-name", "mosaicml/mpt-7b") as url:
-        yield ChatOpenAI(
-            model="mosaicml/mpt-7b", api_key="EMPTY", base_url=f"{url}/v1", max_tokens=5, temperature=0, max_retries=0, stream_usage=True
-        )  # type: ignore[call-arg]
+        options: dict[str, Any] = {"max_tokens": 5, "temperature": 0, "max_retries": 0, "stream_usage": True}
+        yield ChatOpenAI(model="mosaicml/mpt-7b", api_key="EMPTY", base_url=f"{url}/v1", **options)
 
 
 def test_invoke_answers_with_usage(llm: ChatOpenAI) -> None:
@@ -53,14 +54,11 @@ def test_stream_adds_up_to_the_answer(llm: ChatOpenAI) -> None:
 
 
 def test_batch_equals_one_by_one(llm: ChatOpenAI) -> None:
-    questions = [f"What is {i} plus {i}?" for i in range(9)]
+    questions: list[Any] = [f"What is {i} plus {i}?" for i in range(9)]
     assert [a.content for a in llm.batch(questions)] == [llm.invoke(question).content for question in questions]
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-def test_async_calls_answer_alike(llm: ChatOpenAI, anyio_backend: str) -> None:
-    import asyncio
-
+def test_async_calls_answer_alike(llm: ChatOpenAI) -> None:
     async def ask() -> tuple[str, str]:
         streamed = [str(chunk.content) async for chunk in llm.astream(MESSAGES)]
         return str((await llm.ainvoke(MESSAGES)).content), "".join(streamed)

@@ -25,7 +25,7 @@ def engine() -> LLM:
 
 
 @functools.cache
-def reference() -> LlamaForCausalLM:
+def reference() -> Any:
     return LlamaForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32).eval()
 
 
@@ -35,7 +35,9 @@ def logprobs_of(ids: list[int]) -> np.ndarray:
 
 
 def answer(prompt: Any, **params: Any) -> Any:
-    return engine().generate(prompt, SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params}), use_tqdm=False)[0]
+    return engine().generate(prompt, SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params}), use_tqdm=False)[
+        0
+    ]
 
 
 def test_greedy_equals_transformers() -> None:
@@ -133,7 +135,8 @@ def test_nothing_compiles_after_warm_up_and_nothing_leaks() -> None:
             SamplingParams(
                 temperature=rng.choice([0, 0.7]), top_k=rng.choice([0, 5]), top_p=rng.choice([1, 0.5]), min_p=rng.choice([0, 0.1]),
                 repetition_penalty=rng.choice([1, 1.3]), logit_bias=rng.choice([None, {3: 1.0}]), min_tokens=rng.choice([0, 2]),
-                logprobs=rng.choice([None, 5]), prompt_logprobs=rng.choice([None, 3]), max_tokens=rng.randrange(2, 20), n=rng.choice([1, 2]),
+                logprobs=rng.choice([None, 5]), prompt_logprobs=rng.choice([None, 3]), max_tokens=rng.randrange(2, 20),
+                n=rng.choice([1, 2]),
             )
             for _ in prompts
         ]  # fmt: skip
@@ -192,7 +195,8 @@ def test_logits_that_are_not_finite_end_their_request_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [({"max_len": 9999}, "--max-len=9999"), ({"cache_bytes": 1}, "do not fit"), ({"dtype": "int3"}, "dtype"), ({"max_row": 1}, "max_row")]
+    ("options", "named"),
+    [({"max_len": 9999}, "--max-len=9999"), ({"cache_bytes": 1}, "do not fit"), ({"dtype": "int3"}, "dtype"), ({"max_row": 1}, "max_row")],
 )
 def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):

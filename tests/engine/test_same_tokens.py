@@ -10,7 +10,14 @@ import pytest
 from jaxserve import LLM, SamplingParams
 from tests.tiny import tiny_model
 
-SHAPES = {"max_rows": 4, "max_step_tokens": 32, "max_mixed_tokens": 16, "decode_rows": (4,), "prefill_tokens": (32,), "cache_bytes": 1 << 20}
+SHAPES = {
+    "max_rows": 4,
+    "max_step_tokens": 32,
+    "max_mixed_tokens": 16,
+    "decode_rows": (4,),
+    "prefill_tokens": (32,),
+    "cache_bytes": 1 << 20,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "one row at a time": {"max_rows": 1},
     "other buckets": {"decode_rows": (1, 2, 3, 4), "prefill_tokens": (8, 24, 32)},

@@ -34,7 +34,8 @@ def logits_of(path: pathlib.Path, prompt: np.ndarray, cuts: Sequence[int], *, sc
         params = load_params(checkpoint, shapes, groups, family, progress=lambda done, total: None)
     num_pages = -(-len(prompt) // PAGE_SIZE)
     cache = jax.tree.map(
-        lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), cache_shapes(groups, num_pages=num_pages + 3, page_size=PAGE_SIZE, dtype=jnp.dtype("float32"))
+        lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
+        cache_shapes(groups, num_pages=num_pages + 3, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
     )
     table = np.random.default_rng(2).permutation(np.arange(1, num_pages + 3))[:num_pages].astype(np.int32)
     found, start = [], 0

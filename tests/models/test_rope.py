@@ -15,7 +15,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def test_llama3_frequencies_equal_those_of_transformers() -> None:
-    config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=512, rope_parameters={**LLAMA3, "rope_theta": 5000.0})
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=512, rope_parameters={**LLAMA3, "rope_theta": 5000.0}
+    )
     expected, factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     scaling = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_len=64)
     np.testing.assert_allclose(rope_frequencies(RopeSpec(dim=32, theta=5000.0, scaling=scaling)), expected.numpy(), rtol=1e-6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def model_path() -> pathlib.Path:
 
 
 @functools.cache
-def reference() -> torch.nn.Module:
+def reference() -> Any:
     """transformers' Llama with the weights that our reader finds; the golden ids below do not depend on our reader."""
     with open_checkpoint(model_path()) as checkpoint:
         weights = {name: torch.from_numpy(np.array(checkpoint.read(name), np.float32)) for name in checkpoint.tensors}
@@ -56,11 +58,13 @@ def test_forty_greedy_continuations_equal_transformers() -> None:
     with torch.no_grad():
         expected = reference().generate(torch.tensor(prompts), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2)[:, 5:]
     assert [list(result.outputs[0].token_ids) for result in found] == expected.tolist()
-    paris = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    paris = llm.chat(
+        [{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False
+    )
     assert list(paris[0].outputs[0].token_ids) == PARIS
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _free_models():  # type: ignore[no-untyped-def]
+def _free_models() -> Iterator[None]:
     yield
     reference.cache_clear()

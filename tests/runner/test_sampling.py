@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,7 +46,9 @@ def fresh_state() -> SlotState:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), slot_state_shapes(M, V))
 
 
-def seeded(slot: int, *, prompt: list[int] = (), output: list[int] = (), bias: dict[int, float] | None = None, banned: list[int] = ()) -> SlotState:  # type: ignore[assignment]
+def seeded(
+    slot: int, *, prompt: Sequence[int] = (), output: Sequence[int] = (), bias: dict[int, float] | None = None, banned: Sequence[int] = ()
+) -> SlotState:
     bias = bias or {}
     ids, amounts = np.full(SEEN_CHUNK, V, np.int32), np.zeros(SEEN_CHUNK, np.int32)
     known = [*sorted(set(prompt)), *output]
@@ -73,7 +76,9 @@ def _draws(num: int, **row: Any) -> np.ndarray:
     return np.asarray(jax.jit(lambda: jax.lax.map(draw, jnp.arange(num, dtype=jnp.uint32)))())
 
 
-def expected_distribution(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+def expected_distribution(
+    logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
     scaled = logits.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     weights[weights < min_p] = 0
@@ -86,7 +91,14 @@ def expected_distribution(logits: np.ndarray, *, temperature: float = 1.0, top_k
     return weights / weights.sum()
 
 
-TRUNCATIONS = [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 1.7}]
+TRUNCATIONS = [
+    {},
+    {"temperature": 0.5},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 1.7},
+]
 
 
 @pytest.mark.parametrize("params", TRUNCATIONS, ids=str)
@@ -126,7 +138,14 @@ def test_different_positions_draw_different_numbers() -> None:
 def test_penalties_follow_the_formula() -> None:
     prompt, output = [4, 4, 9], [7, 7, 7, 9]
     logits = logits_of(1)
-    row = {"slot": 3, "temperature": 0.0, "wants": PENALTIES | LOGPROBS, "presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.5}
+    row = {
+        "slot": 3,
+        "temperature": 0.0,
+        "wants": PENALTIES | LOGPROBS,
+        "presence_penalty": 0.6,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.5,
+    }
     expected = logits[0].copy()
     for token in {*prompt, *output}:
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.names import Family
-from jaxserve.models.spec import AttentionSpec, LayerSpec, LinearScaling, Llama3Scaling, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from jaxserve.models.spec import Activation, AttentionSpec, LayerSpec, LinearScaling, Llama3Scaling, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 def llama_spec(config: HfConfig) -> ModelSpec:
