@@ -62,7 +62,7 @@ class ScheduleConfig:
     max_step_tokens: int | None = _option(None, "most tokens in one step; longer prompts are cut; default: 512 on CPU, 2048 elsewhere")
     max_mixed_tokens: int | None = _option(
         None,
-        "most tokens in a step while answers are being written; bounds the time between their tokens; default: a quarter of max_step_tokens",
+        "most tokens in a step while answers are being written; bounds the time between tokens; default: a quarter of max_step_tokens",
     )
     max_queue: int = _option(4096, "most requests waiting; beyond it clients get 429")
     max_queue_tokens: int = _option(8_000_000, "most prompt tokens waiting; beyond it clients get 429")

@@ -96,8 +96,8 @@ class Server:
         self._engine.begin_drain()
         self._stop_asked.set()
 
-    def _on_failure(self, detail: str) -> None:
-        log.critical("stopping: %s", detail)
+    def _on_failure(self, _detail: str) -> None:
+        log.info("stopping: the engine has failed, as logged above")
         self._failed = True
         self._stop_asked.set()
 

@@ -4,11 +4,13 @@
 2. A head that is not whole within `read_timeout_s` is refused with 408. Bodies have their deadline where they are read; a connection whose
    answer is out while the rest of the request still is not in ends after the same time.
 3. A client that takes no byte of an answer for `write_timeout_s` is cut off.
+4. Offers to upgrade to another protocol, as Java's client makes with every first request, are ignored.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -20,6 +22,8 @@ MAX_HEADERS = 128
 # How long a refused client may go on sending: closing at once would reset the connection, and the answer could be lost with it.
 _LINGER_S = 2.0
 
+# The parser would skip the body of a request that offers an upgrade; under another name of the same length the offer means nothing to it.
+_UPGRADE = re.compile(rb"\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
@@ -38,7 +42,7 @@ class Connection(HttpToolsProtocol):
         """Called by the event loop."""
         super().connection_made(transport)
         now = self.loop.time()
-        self._in_head = False
+        self._in_head = self._in_body = False
         self._head_bytes = 0
         self._too_large = False
         self._refused_at: float | None = None
@@ -59,7 +63,7 @@ class Connection(HttpToolsProtocol):
         if self._reading_since is None:
             self._reading_since = self.loop.time()
         was_in_head, known = self._in_head, self._head_bytes
-        super().data_received(data)
+        super().data_received(data if self._in_body else _without_upgrade(data))
         # The parser keeps an unfinished header to itself, however long it grows.
         if was_in_head and self._in_head and self._refused_at is None:
             self._head_bytes = max(self._head_bytes, known + len(data))
@@ -89,12 +93,13 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
-        self._in_head = False
+        self._in_head, self._in_body = False, True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
         super().on_message_complete()
+        self._in_body = False
         self._reading_since = None
 
     def send_400_response(self, msg: str) -> None:
@@ -119,9 +124,12 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: UserError) -> None:
         self._refused_at = self.loop.time()
         if self._answering:
-            # Another answer is on its way over this connection; nothing else may be written into it.
-            self.transport.close()
-            return
+            if not self._in_body or self.pipeline or self.cycle.response_started:
+                # Another answer is on its way over this connection; nothing else may be written into it.
+                self.transport.close()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = error_json(error)
         head = (
             b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
@@ -152,3 +160,9 @@ class Connection(HttpToolsProtocol):
             self._refuse(UserError(None, message, code="request_timeout", status=408))
         else:
             self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[:end]
+    return _UPGRADE.sub(b"\nx-offer", head) + data[len(head) :]

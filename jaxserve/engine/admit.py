@@ -51,8 +51,8 @@ class Admission:
         if room < 1:
             raise UserError(
                 "prompt",
-                f"the prompt has {prompt_len} tokens, but this model's context is {self._model.max_len} tokens, one of them for the answer; "
-                "shorten the prompt",
+                f"the prompt has {prompt_len} tokens, but this model's context is {self._model.max_len} tokens, "
+                "one of them for the answer; shorten the prompt",
                 code="context_length_exceeded",
             )
         if params.max_tokens is None:
@@ -60,8 +60,8 @@ class Admission:
         if params.max_tokens > room:
             raise UserError(
                 "max_tokens",
-                f"max_tokens={params.max_tokens} with a prompt of {prompt_len} tokens exceeds this model's context of {self._model.max_len} "
-                f"tokens; ask for at most {room}",
+                f"max_tokens={params.max_tokens} with a prompt of {prompt_len} tokens exceeds this model's context of "
+                f"{self._model.max_len} tokens; ask for at most {room}",
                 code="context_length_exceeded",
             )
         if params.max_tokens == 0:

@@ -198,7 +198,8 @@ class Engine:
         if request.finish_reason is not None:
             self._forget(live, now)
         return RequestOutput(
-            id=request.id, text=piece.text, token_ids=ids, logprobs=None if logprobs is None else (logprobs,), prompt_logprobs=prompt_logprobs,
+            id=request.id, text=piece.text, token_ids=ids,
+            logprobs=None if logprobs is None else (logprobs,), prompt_logprobs=prompt_logprobs,
             finish_reason=request.finish_reason, stop_reason=request.stop_reason, num_prompt_tokens=len(request.prompt_ids),
             num_cached_tokens=max(request.num_cached, 0), num_output_tokens=len(request.output_ids),
         )  # fmt: skip

@@ -28,10 +28,12 @@ class Layout:
     Args:
       shape: T and S.
       num_pages: P, entries of a row of the page table.
+      sample_rows: rows whose logits are computed and sampled at a time.
     """
 
     shape: StepShape
     num_pages: int
+    sample_rows: int
 
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Field -> (offset in words, shape)."""

@@ -111,7 +111,9 @@ class Runner:
         pages_a_row = -(-self.limits.max_len // self.limits.page_size)
         self.memory = self._plan_memory(cache_dtype, pages_a_row)
         self._cache_shapes = cache_shapes(self._groups, num_pages=self.memory.num_pages, page_size=self.limits.page_size, dtype=cache_dtype)
-        self._layouts = {shape: Layout(shape, pages_a_row) for shape in self.shapes}
+        # A CPU pays for the head of every padding row; elsewhere reading its weights twice would cost more.
+        sample_rows = 16 if on_cpu else self.limits.max_rows
+        self._layouts = {shape: Layout(shape, pages_a_row, shape.rows if shape.kind == "decode" else sample_rows) for shape in self.shapes}
         self._packer = Packer(max_rows=self.limits.max_rows, num_pages=pages_a_row)
         self._executables: dict[StepShape, Any] = {}
         self._seed_slot: Any = None

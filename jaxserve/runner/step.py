@@ -6,7 +6,9 @@ step: packed words -> batch -> decoder -> rows that sample -> logits -> tokens. 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.params import ModelGraph, Params, merge_model
 from jaxserve.runner.pack import Layout, unpack
-from jaxserve.runner.sampling import Logprobs, SlotState, sample, token_logprobs
+from jaxserve.runner.sampling import Logprobs, SamplingRows, SlotState, sample, token_logprobs
 
 _SCORE_CHUNK = 32  # tokens whose logits exist at a time while a prompt is scored
 
@@ -47,14 +49,45 @@ def make_step(graphdef: ModelGraph, layout: Layout) -> Step:
         batch, rows, targets = unpack(packed, layout, state.last_token)
         hidden, cache = model(batch, cache)
         last = jnp.clip(batch.query_start[1:] - 1, 0, layout.shape.tokens - 1)
-        logits = model.logits(hidden if layout.shape.kind == "decode" else hidden[last])
-        with jax.named_scope("sample"):
-            tokens, logprobs, state = sample(logits, rows, state)
+        rows_hidden = hidden if layout.shape.kind == "decode" else hidden[last]
+        tokens, logprobs, state = _sample_rows(model, rows_hidden, rows, state, layout.sample_rows)
         prompt = _score(model, hidden, targets) if layout.shape.kind == "score" else None
         return cache, state, StepOutputs(tokens=tokens, logprobs=logprobs, prompt=prompt)
 
     step.__name__ = f"step_{layout.shape.name}"
     return step
+
+
+def _sample_rows(
+    model: Decoder, hidden: jax.Array, rows: SamplingRows, state: SlotState, width: int
+) -> tuple[jax.Array, Logprobs, SlotState]:
+    """Head and sampler over the last hidden states [S, D] of the rows, `width` rows at a time, up to the last row that samples."""
+    S = hidden.shape[0]
+    if width >= S:
+        return _sample_block(model, hidden, rows, state)
+    padded_rows = jax.tree.map(lambda leaf: jnp.pad(leaf, (0, -S % width)), rows)
+    padded_rows = dataclasses.replace(padded_rows, slot=jnp.pad(rows.slot, (0, -S % width), constant_values=-1))
+    padded = jnp.pad(hidden, ((0, -S % width), (0, 0)))
+    num_used = jnp.max(jnp.where(rows.slot >= 0, jnp.arange(S) + 1, 0))
+    shapes = jax.eval_shape(lambda: _sample_block(model, padded, padded_rows, state))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[:2])
+
+    def body(block: jax.Array, carry: tuple[Any, SlotState]) -> tuple[Any, SlotState]:
+        outputs, state = carry
+        start = block * width
+        here, its_rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width), (padded, padded_rows))
+        tokens, logprobs, state = _sample_block(model, here, its_rows, state)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(put, outputs, (tokens, logprobs)), state
+
+    (tokens, logprobs), state = jax.lax.fori_loop(0, -(-num_used // width), body, (empty, state))
+    return tokens[:S], jax.tree.map(lambda leaf: leaf[:S], logprobs), state
+
+
+def _sample_block(model: Decoder, hidden: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
+    logits = model.logits(hidden)
+    with jax.named_scope("sample"):
+        return sample(logits, rows, state)
 
 
 def _score(model: Decoder, hidden: jax.Array, targets: jax.Array) -> Logprobs:

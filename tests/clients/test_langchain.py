@@ -24,8 +24,8 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def llm() -> Iterator[ChatOpenAI]:
     with running_server(tiny_model(chat_template=False), "--served-model-name", "mosaicml/mpt-7b") as url:
-        options: dict[str, Any] = {"max_tokens": 5, "temperature": 0, "max_retries": 0, "stream_usage": True}
-        yield ChatOpenAI(model="mosaicml/mpt-7b", api_key="EMPTY", base_url=f"{url}/v1", **options)
+        options: dict[str, Any] = {"api_key": "EMPTY", "max_tokens": 5, "temperature": 0, "max_retries": 0, "stream_usage": True}
+        yield ChatOpenAI(model="mosaicml/mpt-7b", base_url=f"{url}/v1", **options)
 
 
 def test_invoke_answers_with_usage(llm: ChatOpenAI) -> None:

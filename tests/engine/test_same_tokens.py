@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "other buckets": {"decode_rows": (1, 2, 3, 4), "prefill_tokens": (8, 24, 32)},
     "short chunks": {"max_step_tokens": 5, "prefill_tokens": (5,)},
     "no prefix cache": {"prefix_cache": False},
+    "rows sampled in blocks": {"max_rows": 20, "decode_rows": (20,)},
     "no overlap": {"overlap": False},
     "scan over layers": {"layer_loop": "scan"},
     "small pages": {"page_size": 4},

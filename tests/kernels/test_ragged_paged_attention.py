@@ -24,7 +24,9 @@ def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.nda
     @jax.jit
     def call(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         positional = [arrays[name] for name in ARRAYS[:5]]
-        return ragged_paged_attention(*positional, implementation=implementation, **{n: arrays[n] for n in arrays if n not in ARRAYS[:5]}, **static)
+        return ragged_paged_attention(
+            *positional, implementation=implementation, **{n: arrays[n] for n in arrays if n not in ARRAYS[:5]}, **static
+        )
 
     out, pages = call(arrays)
     return np.asarray(out, np.float32), np.asarray(pages, np.float32)
@@ -120,7 +122,9 @@ def test_narrow_cache_stays_within_its_rounding(implementation: str, dtype: str,
 @given(st.data())
 def test_xla_equals_reference_on_random_batches(data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=4, max_size=4))
-    case = Case(name="random", rows=tuple((count, count + (before if count else 0)) for count, before in rows), padding=40 - sum(c for c, _ in rows))
+    case = Case(
+        name="random", rows=tuple((count, count + (before if count else 0)) for count, before in rows), padding=40 - sum(c for c, _ in rows)
+    )
     inputs = make_inputs(case, FEATURES["all"], seed=data.draw(st.integers(0, 99)))
     P = 6  # one shape for all examples
     inputs["page_table"] = np.pad(inputs["page_table"], ((0, 0), (0, P - inputs["page_table"].shape[1])))
