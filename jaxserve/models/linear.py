@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+_WEIGHTS_FIRST_ROWS = 256  # a step of 256 rows of SmolLM2-135M takes 373 against 383 ms, one of 512 rows 864 against 801 ms
+
 
 class Linear(nnx.Module):
     """y = x W^T (+ b).
@@ -42,7 +44,9 @@ def _rows_first(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None) -> 
 def _weights_first(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None) -> jax.Array:
     """The product that XLA's CPU library runs fastest, up to twice as fast as rows first at 8 to 32 rows.
 
-    The barrier keeps XLA from folding the transpose back into the slow form.
+    The barrier keeps XLA from folding the transpose back into the slow form. With many rows the transposes cost more than they save.
     """
+    if x.shape[0] > _WEIGHTS_FIRST_ROWS:
+        return _rows_first(x, weight, dtype=dtype)
     product = jnp.matmul(weight, x.T, preferred_element_type=dtype)
     return jax.lax.optimization_barrier(product).T

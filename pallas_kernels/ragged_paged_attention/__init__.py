@@ -13,8 +13,22 @@ from pallas_kernels.ragged_paged_attention import reference, xla
 
 @functools.wraps(reference.ragged_paged_attention)
 def ragged_paged_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, layer: jax.Array | int, *, implementation: str | None = None, **features: Any
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array | int,
+    *,
+    implementation: str | None = None,
+    **features: Any,
 ) -> tuple[jax.Array, jax.Array]:
     return dispatch.call(
-        {"xla": xla.ragged_paged_attention, "reference": reference.ragged_paged_attention}, implementation, q, k, v, pages, layer, **features
+        {"xla": xla.ragged_paged_attention, "reference": reference.ragged_paged_attention},
+        implementation,
+        q,
+        k,
+        v,
+        pages,
+        layer,
+        **features,
     )

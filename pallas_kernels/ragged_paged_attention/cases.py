@@ -34,7 +34,11 @@ CASES = (
     Case(name="gqa 8:1, padding tokens", rows=((3, 3), (1, 40), (7, 19)), num_heads=8, num_kv_heads=1, padding=5),
     Case(name="heads not grouped", rows=((2, 2), (1, 33)), num_heads=3, num_kv_heads=3),
     Case(name="one long prompt over several query blocks and key chunks", rows=((150, 700),), head_size=8),
-    Case(name="mixed: prefill chunk after a prefix, decodes, an empty row between", rows=((70, 90), (1, 64), (0, 0), (5, 261), (1, 8)), padding=3),
+    Case(
+        name="mixed: prefill chunk after a prefix, decodes, an empty row between",
+        rows=((70, 90), (1, 64), (0, 0), (5, 261), (1, 8)),
+        padding=3,
+    ),
     Case(name="values narrower than keys", rows=((1, 20), (9, 30)), value_size=12),
     Case(name="page of one token", rows=((4, 11), (1, 6)), page_size=1),
 )

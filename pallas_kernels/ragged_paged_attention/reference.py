@@ -62,7 +62,9 @@ def ragged_paged_attention(
     G = N // K
     del one_token_rows  # the answer is the same
     row, position, valid = token_rows(T, query_start, kv_len)
-    pages = write_pages(pages, layer, k, v, row=row, position=position, valid=valid, page_table=page_table, k_scale=k_scale, v_scale=v_scale)
+    pages = write_pages(
+        pages, layer, k, v, row=row, position=position, valid=valid, page_table=page_table, k_scale=k_scale, v_scale=v_scale
+    )
 
     S, P = page_table.shape
     page_size = pages.shape[2]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_paged_attention.reference import MASKED, token_rows, write_pages
 
 DECODE_CHUNK = 256  # tokens of context in an item; 128 and 64 take 1.15 and 1.4 times as long, whatever the page size
-PREFILL_CHUNK = 256  # tokens of context that a block of queries takes at a time; 512 takes 1.15 times as long: scores outgrow the L2 cache
+PREFILL_CHUNK = 128  # the same for a block of queries; with 256, 4 prompts of 128 take 1.4 times as long, one of 512 takes 0.9
 QUERY_BLOCKS = (32, 128)  # queries of one row that attend together: 128 beats 64 by 1.18, but a row pays for its whole last block
 EMPTY = MASKED / 2  # maximum over no keys: finite, and far enough above MASKED for exp(MASKED - EMPTY) to be 0
 
