@@ -1,0 +1,420 @@
+"""The body of the TPU kernel: page writes, page fetches, and attention of one block of queries per grid step.
+
+1. The first step starts a DMA for each run of new tokens into its page and waits for all.
+2. A step walks the items of its block: an item is the tokens that one row of the batch has in the block.
+3. An item walks its context a block of pages at a time, from the first page in its window to the last one it may see. While a block is
+   attended to, the DMAs of the next one run, be it the same item's, the next item's, or the next step's.
+4. Fetched pages are unpacked once, so that a head's keys can be loaded; what lies beyond the context becomes zero there.
+   Loads with a stride of 8 rows or a multiple meet the same VMEM banks again and again, so such heads are transposed apart instead.
+
+    fetched    [2 slots, pages, page_size, 2K, H]    as in the cache
+    unpacked   [lane chunks, K, context, 128]        uint32: key in the low half, value in the high half of each word
+               [lane chunks, 1, context * K, 128]    the same where K is no multiple of 8: row = position * K + head
+    float32 caches have no halves: 2K stands for K there, with index 2 * head + (0 for the key, 1 for the value)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_paged_attention.reference import MASKED
+from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, SUBLANES, TABLE_CHUNK, Plan
+
+Ref: TypeAlias = Any
+Scalar: TypeAlias = jax.Array
+LOG2_E = math.log2(math.e)
+LOWEST = MASKED / 2  # of the running maximum: masked scores lie so far below it that their weight is exactly zero
+
+
+class Item(NamedTuple):
+    """The tokens [begin, end) that a row has in a block of queries, and the context they see."""
+
+    row: Scalar
+    begin: Scalar
+    end: Scalar
+    offset: Scalar  # position of a token minus its index
+    limit: Scalar  # keys from here on are not seen, or do not exist
+    first_page: Scalar
+    end_page: Scalar
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Refs:
+    """The kernel's memory; shapes beside each."""
+
+    scalars: Ref  # SMEM i32[2]: layer, window
+    query_start: Ref  # SMEM i32[S + 1]
+    kv_len: Ref  # SMEM i32[S]
+    table: Ref  # SMEM i32[S * P], or HBM i32[S, chunks, 8, 128]
+    q: Ref  # VMEM [K, block * group, H]
+    new: Ref  # HBM [T, 2K, H]
+    slopes: Ref | None  # VMEM f32[K, unit * group, 128], times log2(e)
+    sinks: Ref | None  # VMEM f32[K, unit * group, 128], times log2(e)
+    out: Ref  # VMEM [K, block * group, H]
+    pages: Ref  # HBM [R, num_pages, page_size, 2K, H]
+    state: Ref  # SMEM i32[2]: the row of the next item, the slot that its first pages go to
+    fetched: Ref  # VMEM [2, pages_per_block, page_size, 2K, H]
+    unpacked: Ref  # VMEM, see above
+    top: Ref  # VMEM f32[K, tile * group, 128]: running maximum, the same in every lane
+    total: Ref  # VMEM f32[K, tile * group, 128]: running denominator
+    sums: Ref  # VMEM f32[K, tile * group, H]: running numerator
+    fetch_done: Ref  # DMA semaphores [2]
+    write_done: Ref  # DMA semaphore
+    chunk: Ref  # SMEM i32[8, 128]: part of a table in HBM; this and the next two are None for a table in SMEM
+    chunk_of: Ref  # SMEM i32[2]: its row and number
+    chunk_done: Ref  # DMA semaphore
+
+
+def attention_kernel(plan: Plan, r: Refs) -> None:
+    """One grid step; everything it changes is in the refs."""
+    step = pl.program_id(0)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        if not plan.table_in_smem:
+            r.chunk_of[0] = -1
+        _write_new(plan, r)
+        row = _row_with_tokens(plan, r, jnp.int32(0))
+        r.state[0], r.state[1] = row, 0
+
+        @pl.when(row < plan.num_rows)
+        def _() -> None:
+            item = _item(plan, r, row, step)
+            _fetch(plan, r, item, item.first_page, jnp.int32(0))
+
+    r.out[...] = jnp.zeros(r.out.shape, r.out.dtype)
+
+    def is_in_block(row: Scalar) -> Scalar:
+        begin = r.query_start[jnp.minimum(row, plan.num_rows)]
+        return (row < plan.num_rows) & (begin < (step + 1) * plan.block_tokens)
+
+    def attend(row: Scalar) -> Scalar:
+        _attend(plan, r, _item(plan, r, row, step), step)
+        continues = r.query_start[row + 1] > (step + 1) * plan.block_tokens
+        following = _row_with_tokens(plan, r, row + 1)
+        r.state[0] = jnp.where(continues, row, following)
+        return jnp.where(continues, plan.num_rows, following)  # out of the loop; the next step goes on with this row
+
+    lax.while_loop(is_in_block, attend, r.state[0])
+
+
+# --- items
+
+
+def _row_with_tokens(plan: Plan, r: Refs, row: Scalar) -> Scalar:
+    """The first row from this one on that has tokens in the step, or S."""
+
+    def is_empty(row: Scalar) -> Scalar:
+        index = jnp.minimum(row, plan.num_rows - 1)
+        return (row < plan.num_rows) & (r.query_start[index] == r.query_start[index + 1])
+
+    return lax.while_loop(is_empty, lambda row: row + 1, row)
+
+
+def _item(plan: Plan, r: Refs, row: Scalar, step: Scalar) -> Item:
+    begin = jnp.maximum(r.query_start[row], step * plan.block_tokens)
+    end = jnp.minimum(r.query_start[row + 1], (step + 1) * plan.block_tokens)
+    offset = r.kv_len[row] - r.query_start[row + 1]
+    limit = offset + end if plan.causal else r.kv_len[row]
+    low = jnp.int32(0)
+    if plan.windowed:  # at least one page, so that every item has a fetch to wait for
+        low = jnp.clip(offset + begin - r.scalars[1] + 1, 0, limit - 1)
+    return Item(row, begin, end, offset, limit, lax.div(low, plan.page_size), pl.cdiv(limit, plan.page_size))
+
+
+def _following(plan: Plan, r: Refs, item: Item, step: Scalar) -> tuple[Scalar, Scalar]:
+    """Row and step of the item after this one; row S if there is none."""
+    continues = r.query_start[item.row + 1] > (step + 1) * plan.block_tokens
+    row = jnp.where(continues, item.row, _row_with_tokens(plan, r, item.row + 1))
+    begins = lax.div(r.query_start[jnp.minimum(row, plan.num_rows)], plan.block_tokens)
+    return row, jnp.where(continues, step + 1, jnp.maximum(begins, step))
+
+
+# --- pages
+
+
+def _page_id(plan: Plan, r: Refs, row: Scalar, page: Scalar) -> Scalar:
+    """Entry of the page table; a table in HBM is read a chunk at a time."""
+    if plan.table_in_smem:
+        return r.table[row * plan.table_width + page]
+    number, within = lax.div(page, TABLE_CHUNK), lax.rem(page, TABLE_CHUNK)
+
+    @pl.when((r.chunk_of[0] != row) | (r.chunk_of[1] != number))
+    def _() -> None:
+        copy = pltpu.make_async_copy(r.table.at[row, number], r.chunk, r.chunk_done)
+        copy.start()
+        r.chunk_of[0], r.chunk_of[1] = row, number
+        copy.wait()
+
+    return r.chunk[lax.div(within, LANES), lax.rem(within, LANES)]
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [1 << bit for bit in range(limit.bit_length()) if 1 << bit <= limit]
+
+
+def _write_new(plan: Plan, r: Refs) -> None:
+    """Copy this step's keys and values into their slots, a run within a page at a time, and wait until they are there."""
+    page_size, layer = plan.page_size, r.scalars[0]
+    sizes = [1] if plan.one_token_rows else _powers_of_two(page_size)
+
+    def write_row(row: Scalar, _: None) -> None:
+        begin, end = r.query_start[row], r.query_start[row + 1]
+        offset = r.kv_len[row] - end
+        first = lax.div(offset + begin, page_size)
+        count = jnp.where(end > begin, pl.cdiv(offset + end, page_size) - first, 0)
+
+        def write_page(index: Scalar, _: None) -> None:
+            page = first + index
+            low = jnp.maximum(page * page_size, offset + begin)
+            count = jnp.minimum((page + 1) * page_size, offset + end) - low
+            page_id = _page_id(plan, r, row, page)
+            for size in sizes:  # a run of 13 is copied as 1, 4 and 8: a DMA's size is static
+                done = lax.rem(count, size)
+
+                @pl.when((count & size) != 0)
+                def _(size: int = size, done: Scalar = done) -> None:
+                    source = r.new.at[pl.ds(low - offset + done, size)]
+                    slots = r.pages.at[layer, page_id, pl.ds(low - page * page_size + done, size)]
+                    pltpu.make_async_copy(source, slots, r.write_done).start()
+
+        lax.fori_loop(0, count, write_page, None)
+
+    lax.fori_loop(0, plan.num_rows, write_row, None)
+    written = r.query_start[plan.num_rows]
+    for size in _powers_of_two(plan.num_tokens):
+
+        @pl.when((written & size) != 0)
+        def _(size: int = size) -> None:
+            tokens = r.new.at[pl.ds(0, size)]  # a wait needs only the number of bytes
+            pltpu.make_async_copy(tokens, tokens, r.write_done).wait()
+
+
+def _fetch(plan: Plan, r: Refs, item: Item, first_page: Scalar, slot: Scalar) -> None:
+    """Start the DMAs of a block of the item's pages into a slot."""
+    layer, count = r.scalars[0], item.end_page - first_page
+
+    def start(index: Scalar, _: None) -> None:
+        page = r.pages.at[layer, _page_id(plan, r, item.row, first_page + index)]
+        pltpu.make_async_copy(page, r.fetched.at[slot, index], r.fetch_done.at[slot]).start()
+
+    @pl.when(count >= plan.pages_per_block)
+    def _() -> None:  # the trip count is static, so that DMAs can be started in one go
+        lax.fori_loop(0, plan.pages_per_block, start, None, unroll=math.gcd(plan.pages_per_block, 8))
+
+    @pl.when(count < plan.pages_per_block)
+    def _() -> None:
+        lax.fori_loop(0, count, start, None)
+
+
+def _await(plan: Plan, r: Refs, item: Item, first_page: Scalar, slot: Scalar) -> None:
+    """Wait until the pages that _fetch started are there."""
+    count = item.end_page - first_page
+
+    def wait(target: Ref) -> None:
+        pltpu.make_async_copy(target, target, r.fetch_done.at[slot]).wait()  # a wait needs only the number of bytes
+
+    @pl.when(count >= plan.pages_per_block)
+    def _() -> None:
+        wait(r.fetched.at[slot])
+
+    @pl.when(count < plan.pages_per_block)
+    def _() -> None:
+        lax.fori_loop(0, count, lambda index, _: wait(r.fetched.at[slot, index]), None)
+
+
+def _unpack(plan: Plan, r: Refs, slot: Scalar, seen: Scalar) -> None:
+    """Lay a slot's pages out for strided loads; keys from `seen` on, counted from the slot's first, become zero, as 0 * NaN is NaN."""
+    K, H, pages = plan.num_kv_heads, plan.head_size, plan.unpack_pages
+    tokens = pages * plan.page_size
+    heads = K if plan.packed else 2 * K
+
+    def unpack(index: Scalar, _: None) -> None:
+        x = r.fetched[slot, pl.ds(index * pages, pages)].reshape(tokens, 2 * K, H)
+        if x.dtype == jnp.int8:
+            x = x.astype(jnp.int32)  # Mosaic has no direct conversion to floats
+        if plan.cache_dtype.itemsize == 1:
+            x = x.astype(jnp.float32).astype(jnp.bfloat16)
+        if plan.packed:
+            x = pltpu.bitcast(x, jnp.uint32)  # [tokens, K, H]
+        token = index * tokens + lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        x = jnp.where(token < seen, x, jnp.zeros_like(x))
+        if plan.heads_apart:
+            x, height = jnp.swapaxes(x, 0, 1), tokens
+        else:
+            x, height = x.reshape(1, tokens * heads, H), tokens * heads
+        rows = pl.ds(pl.multiple_of(index * height, SUBLANES), height)
+        for chunk, low in enumerate(range(0, H, LANES)):
+            width = min(LANES, H - low)
+            r.unpacked[chunk, :, rows, pl.ds(0, width)] = x[:, :, low : low + width]
+
+    lax.fori_loop(0, plan.pages_per_block // pages, unpack, None)
+
+
+def _head(plan: Plan, r: Refs, head: Scalar) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [context, H] of one head, in the compute dtype."""
+
+    def load(first: Scalar, stride: int) -> jax.Array:
+        if plan.heads_apart:
+            chunks = [r.unpacked[chunk, first] for chunk in range(r.unpacked.shape[0])]
+        else:
+            rows = pl.ds(first, plan.context, stride=stride) if stride > 1 else pl.ds(0, plan.context)
+            chunks = [r.unpacked[chunk, 0, rows] for chunk in range(r.unpacked.shape[0])]
+        x = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
+        return x[:, : plan.head_size]
+
+    if not plan.packed:
+        stride = 2 * plan.num_kv_heads
+        return load(2 * head, stride), load(2 * head + 1, stride)
+    both = load(head, plan.num_kv_heads)
+    key = pltpu.bitcast(both << 16, jnp.float32)  # bfloat16 is the upper half of float32
+    value = pltpu.bitcast(both & jnp.uint32(0xFFFF0000), jnp.float32)
+    return key.astype(plan.compute_dtype), value.astype(plan.compute_dtype)
+
+
+# --- attention
+
+
+def _attend(plan: Plan, r: Refs, item: Item, step: Scalar) -> None:
+    """Attend with one item; its first pages are on their way, and the following item's are when this returns."""
+    width = plan.pages_per_block
+    next_row, next_step = _following(plan, r, item, step)
+    _with_tile(plan, item, step, lambda tokens, first: _begin(plan, r, tokens))
+
+    def body(index: Scalar, slot: Scalar) -> Scalar:
+        page = item.first_page + index * width
+        is_last = page + width >= item.end_page
+
+        @pl.when(jnp.logical_not(is_last))
+        def _() -> None:
+            _fetch(plan, r, item, page + width, 1 - slot)
+
+        @pl.when(is_last & (next_row < plan.num_rows))
+        def _() -> None:
+            following = _item(plan, r, next_row, next_step)
+            _fetch(plan, r, following, following.first_page, 1 - slot)
+
+        _await(plan, r, item, page, slot)
+        start = page * plan.page_size
+        _unpack(plan, r, slot, item.limit - start)
+        _with_tile(plan, item, step, lambda tokens, first: _accumulate(plan, r, item, step, tokens, first, start))
+        return 1 - slot
+
+    r.state[1] = lax.fori_loop(0, pl.cdiv(item.end_page - item.first_page, width), body, r.state[1])
+    _with_tile(plan, item, step, lambda tokens, first: _finish(plan, r, item, step, tokens, first))
+
+
+def _with_tile(plan: Plan, item: Item, step: Scalar, run: Callable[[int, Scalar], None]) -> None:
+    """Run with the smallest tile that covers the item: its tokens, and its first token counted from the block's."""
+    begin, end = item.begin - step * plan.block_tokens, item.end - step * plan.block_tokens
+    covered = jnp.bool_(False)
+    for tokens in plan.tiles:
+        first = jnp.minimum(lax.div(begin, plan.unit) * plan.unit, plan.block_tokens - tokens)
+        fits = (end <= first + tokens) if tokens < plan.tiles[-1] else jnp.bool_(True)
+
+        @pl.when(fits & jnp.logical_not(covered))
+        def _(tokens: int = tokens, first: Scalar = first) -> None:
+            run(tokens, first)
+
+        covered |= fits
+
+
+def _lanes(x: jax.Array, width: int) -> jax.Array:
+    """[rows, 128] with equal lanes -> [rows, width]."""
+    copies = -(-width // LANES)
+    return (x if copies == 1 else jnp.concatenate([x] * copies, axis=1))[:, :width]
+
+
+def _pattern(ref: Ref, head: Scalar, copies: int) -> jax.Array:
+    """A per-head value for each row of a tile, [rows, 128]: the pattern of one unit, repeated."""
+    x = ref[head]
+    return x if copies == 1 else jnp.concatenate([x] * copies, axis=0)
+
+
+def _for_heads(plan: Plan, rows: int, run: Callable[[Scalar], None]) -> None:
+    unroll = next(n for n in (8, 4, 2, 1) if plan.num_kv_heads % n == 0 and (n == 1 or n * rows * plan.context <= 2 * 16 * 512))
+    lax.fori_loop(0, plan.num_kv_heads, lambda head, _: run(head), None, unroll=unroll)
+
+
+def _begin(plan: Plan, r: Refs, tokens: int) -> None:
+    rows = tokens * plan.group
+
+    def begin(head: Scalar) -> None:
+        tile = pl.ds(0, rows)
+        if r.sinks is None:
+            r.top[head, tile] = jnp.full((rows, LANES), LOWEST, jnp.float32)
+            r.total[head, tile] = jnp.zeros((rows, LANES), jnp.float32)
+        else:
+            r.top[head, tile] = _pattern(r.sinks, head, tokens // plan.unit)
+            r.total[head, tile] = jnp.ones((rows, LANES), jnp.float32)
+        r.sums[head, tile] = jnp.zeros((rows, plan.head_size), jnp.float32)
+
+    _for_heads(plan, rows, begin)
+
+
+def _accumulate(plan: Plan, r: Refs, item: Item, step: Scalar, tokens: int, first: Scalar, start: Scalar) -> None:
+    """Fold the unpacked keys and values, from position `start` on, into the online softmax of a tile."""
+    rows, context = tokens * plan.group, plan.context
+    precision = lax.Precision.HIGHEST if plan.compute_dtype == jnp.float32 else None
+    token = lax.div(lax.broadcasted_iota(jnp.int32, (rows, LANES), 0), plan.group)
+    query = item.offset + step * plan.block_tokens + first + token  # positions [rows, 128]
+
+    def accumulate(head: Scalar) -> None:
+        tile = pl.ds(0, rows)
+        q = r.q[head, pl.ds(pl.multiple_of(first * plan.group, SUBLANES), rows)].astype(plan.compute_dtype)
+        keys, values = _head(plan, r, head)
+        scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        slopes = None if r.slopes is None else _lanes(_pattern(r.slopes, head, tokens // plan.unit), context)
+        scores = _biased(plan, scores, slopes, _lanes(query, context), start, item.limit, r.scalars[1])
+        top = r.top[head, tile]
+        new_top = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+        weights = jnp.exp2(scores - _lanes(new_top, context))
+        shrink = jnp.exp2(top - new_top)
+        r.top[head, tile] = new_top
+        r.total[head, tile] = r.total[head, tile] * shrink + weights.sum(axis=1, keepdims=True)
+        added = lax.dot(weights.astype(plan.compute_dtype), values, precision=precision, preferred_element_type=jnp.float32)
+        r.sums[head, tile] = r.sums[head, tile] * _lanes(shrink, plan.head_size) + added
+
+    _for_heads(plan, rows, accumulate)
+
+
+def _biased(
+    plan: Plan, products: jax.Array, slopes: jax.Array | None, query: jax.Array, start: Scalar, limit: Scalar, window: Scalar
+) -> jax.Array:
+    """Scores [rows, context] in base 2, so that their exponential takes one multiplication less: those of q . k, times log2(e)."""
+    if plan.softcap is None:
+        scores = products * (plan.score_scale * LOG2_E)
+    else:
+        scores = (plan.softcap * LOG2_E) * jnp.tanh(products * (plan.score_scale / plan.softcap))
+    key = start + lax.broadcasted_iota(jnp.int32, products.shape, 1)
+    if slopes is not None:  # times log2(e) already
+        scores += slopes * (key - query).astype(jnp.float32)
+    visible = key <= query if plan.causal else key < limit
+    if plan.windowed:
+        visible &= key > query - window
+    return jnp.where(visible, scores, MASKED)
+
+
+def _finish(plan: Plan, r: Refs, item: Item, step: Scalar, tokens: int, first: Scalar) -> None:
+    """Write the item's rows of a tile; the other rows belong to other items."""
+    rows, H = tokens * plan.group, plan.head_size
+    token = step * plan.block_tokens + first + lax.div(lax.broadcasted_iota(jnp.int32, (rows, H), 0), plan.group)
+    is_own = (token >= item.begin) & (token < item.end)
+
+    def finish(head: Scalar) -> None:
+        tile = pl.ds(pl.multiple_of(first * plan.group, SUBLANES), rows)
+        total = _lanes(jnp.maximum(r.total[head, pl.ds(0, rows)], 1e-30), H)
+        out = r.sums[head, pl.ds(0, rows)] / total * plan.value_scale
+        out = jnp.where(is_own, out, r.out[head, tile].astype(jnp.float32))
+        r.out[head, tile] = out.astype(r.out.dtype)
+
+    _for_heads(plan, rows, finish)
