@@ -5,8 +5,14 @@ One `Metrics` per engine, with a registry of its own, so that two engines in one
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 # vLLM's buckets, so that its dashboards read the same.
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -17,6 +23,32 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N = (1, 2, 5, 10, 20)
 LABELS = ("model_name", "engine")
+
+
+class CountedHistogram(Collector):
+    """A histogram that takes many equal observations at once, as a step of many rows makes them; one thread observes.
+
+    Args:
+      buckets: upper bounds, ascending; one to infinity is added.
+    """
+
+    def __init__(self, name: str, text: str, buckets: tuple[float, ...], labels: dict[str, str]) -> None:
+        self._name, self._text, self._bounds, self._labels = name, text, buckets, labels
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        """Record `count` observations of `value`."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterable[Metric]:
+        """What Prometheus reads: cumulated counts."""
+        bounds = [str(float(bound)) for bound in self._bounds] + ["+Inf"]
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        cumulated = list(itertools.accumulate(self._counts))
+        family.add_metric(list(self._labels.values()), list(zip(bounds, cumulated, strict=True)), self._sum)
+        yield family
 
 
 class Metrics:
@@ -61,7 +93,8 @@ class Metrics:
 
     def _make_histograms(self) -> None:
         self.ttft_s = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
-        self.inter_token_s = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", _TPOT_S)
+        self.inter_token_s = CountedHistogram("vllm:inter_token_latency_seconds", "Time between tokens.", _TPOT_S, self._labels)
+        self.registry.register(self.inter_token_s)
         self.tpot_s = self._histogram("vllm:request_time_per_output_token_seconds", "Mean time per output token of a request.", _TPOT_S)
         self.e2e_s = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_S)
         self.queue_s = self._histogram("vllm:request_queue_time_seconds", "Arrival to first step.", _REQUEST_S)

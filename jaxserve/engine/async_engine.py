@@ -183,8 +183,9 @@ class AsyncEngine:
     def _check_queue(self, prompt_len: int) -> None:
         limits = self.config.schedule
         waiting, waiting_tokens = self._waiting
-        in_inbox = len(self._inbox)
-        if waiting + in_inbox >= limits.max_queue or waiting_tokens + prompt_len > limits.max_queue_tokens:
+        coming = [len(item.prompt_ids) for item in tuple(self._inbox) if not isinstance(item, str)]
+        too_long = waiting + len(coming) > 0 and waiting_tokens + sum(coming) + prompt_len > limits.max_queue_tokens
+        if waiting + len(coming) >= limits.max_queue or too_long:
             raise QueueFullError(1.0)
 
     def _abort(self, request_id: str) -> None:
@@ -227,20 +228,23 @@ class AsyncEngine:
 
     def _drain_inbox(self, engine: Engine) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
+        blocked: list[Request | str] = []
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, str):
                 engine.abort(item)
                 continue
+            if item.id not in self._streams:
+                continue  # given up before it came in
             try:
                 engine.add(item)
             except QueueFullError:
-                self._inbox.appendleft(item)  # submit() let it in on counts that were a step old; it waits here instead
-                break
+                blocked.append(item)  # submit() let it in on counts that were a step old; it waits here instead
             except UserError as error:
                 outputs.append(
                     RequestOutput(id=item.id, finish_reason="error", error=error.message, num_prompt_tokens=len(item.prompt_ids))
                 )
+        self._inbox.extendleft(reversed(blocked))
         self._waiting = engine.waiting
         return outputs
 

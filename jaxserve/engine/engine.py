@@ -108,6 +108,7 @@ class Engine:
         if live is not None:
             self._scheduler.finish(live.request, "abort")
             self._metrics.finished("abort")
+            self._update_gauges()
 
     def step(self) -> list[RequestOutput]:
         """Dispatch the next step, if there is any, and collect the one before.
@@ -163,25 +164,36 @@ class Engine:
         self._metrics.step_seconds(pending.shape.name, now - pending.started_s)
         if self._pending is None and self._scheduler.has_work:
             self._device_idle_since_s = now
+        outputs = self._take_back_invalid(pending, result)
+        self._keep_prompt_logprobs(pending, result)
+        logprobs = {row.request.id: value for row, value in zip(pending.schedule.rows, result.logprobs, strict=True) if value is not None}
+        advanced = self._scheduler.update(pending.schedule, result.tokens)
+        intervals: dict[float, int] = {}
+        for row, ids in advanced:
+            live = self._live[row.request.id]
+            self._time_tokens(live, now, intervals)
+            outputs.append(self._advance(live, ids, logprobs.get(row.request.id), now))
+        self._metrics.generation_tokens.inc(sum(len(ids) for _, ids in advanced))
+        for interval, count in intervals.items():
+            self._metrics.inter_token_s.observe(interval, count)
+        return outputs
+
+    def _take_back_invalid(self, pending: Pending, result: StepResult) -> list[RequestOutput]:
+        """End the requests whose logits were not finite, and count the prompt tokens of the step."""
         outputs: list[RequestOutput] = []
-        tokens = list(result.tokens)
+        prompt_tokens = 0
         for i, row in enumerate(pending.schedule.rows):
-            if tokens[i] and tokens[i][0] < 0:
-                tokens[i] = ()
+            prompt_len = len(row.request.prompt_ids)
+            if row.start < prompt_len:
+                prompt_tokens += min(row.start + row.count, prompt_len) - row.start
+            ids = result.tokens[i]
+            if ids and ids[0] < 0:
+                result.tokens[i] = ()
                 live = self._live.get(row.request.id)
                 if live is not None:
                     outputs.append(self._error(live, NOT_FINITE))
-        self._keep_prompt_logprobs(pending, result)
-        logprobs = {id(row): value for row, value in zip(pending.schedule.rows, result.logprobs, strict=True) if value is not None}
-        prompt_tokens = 0
-        for row in pending.schedule.rows:
-            prompt_tokens += max(0, min(row.start + row.count, len(row.request.prompt_ids)) - row.start)
-        self._metrics.prompt_tokens.inc(prompt_tokens)
-        advanced = self._scheduler.update(pending.schedule, tokens)
-        for row, ids in advanced:
-            live = self._live.get(row.request.id)
-            if live is not None:
-                outputs.append(self._advance(live, ids, logprobs.get(id(row)), now))
+        if prompt_tokens:
+            self._metrics.prompt_tokens.inc(prompt_tokens)
         return outputs
 
     def _advance(self, live: _Live, ids: tuple[int, ...], logprobs: TokenLogprobs | None, now: float) -> RequestOutput:
@@ -191,7 +203,6 @@ class Engine:
         piece = live.detokenizer.push(shown, final=request.finish_reason is not None)
         if piece.stop is not None and not stopped_by_token:
             self._scheduler.finish(request, "stop", piece.stop)
-        self._observe_tokens(live, len(ids), now)
         prompt_logprobs = None
         if live.prompt_logprobs is not None and not live.told_prompt_logprobs:
             prompt_logprobs, live.told_prompt_logprobs = tuple(live.prompt_logprobs), True
@@ -205,21 +216,24 @@ class Engine:
         )  # fmt: skip
 
     def _keep_prompt_logprobs(self, pending: Pending, result: StepResult) -> None:
+        if pending.shape.kind != "score":
+            return
         for row, found in zip(pending.schedule.rows, result.prompt_logprobs, strict=True):
             live = self._live.get(row.request.id)
             if found and live is not None and live.prompt_logprobs is not None:
                 del live.prompt_logprobs[row.start + 1 :]  # a preempted prompt is scored again
                 live.prompt_logprobs.extend(found)
 
-    def _observe_tokens(self, live: _Live, count: int, now: float) -> None:
-        self._metrics.generation_tokens.inc(count)
-        if live.first_token_s is None:
+    def _time_tokens(self, live: _Live, now: float, intervals: dict[float, int]) -> None:
+        """Record the time to a first token; count the interval before a later one, which most rows of a step share."""
+        if live.last_token_s is not None:
+            interval = now - live.last_token_s
+            intervals[interval] = intervals.get(interval, 0) + 1
+        else:
             live.first_token_s = now
             self._metrics.ttft_s.observe(now - live.request.arrival_s)
             self._metrics.prefill_s.observe(now - (live.scheduled_s or now))
             self._metrics.prompt_tokens_cached.inc(max(live.request.num_cached, 0))
-        elif live.last_token_s is not None:
-            self._metrics.inter_token_s.observe(now - live.last_token_s)
         live.last_token_s = now
 
     def _forget(self, live: _Live, now: float) -> None:

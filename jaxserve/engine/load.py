@@ -61,7 +61,7 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     _check_config(hf_config, ignore=config.model.ignore_config_keys)
     if config.model.max_len is not None and config.model.max_len > spec.max_len:
         raise ConfigError(f"--max-len={config.model.max_len} exceeds the {spec.max_len} tokens that {config.model.model} was trained for")
-    use_compile_cache(config.cache_path / "xla")
+    use_compile_cache(config.cache_path / "programs")
     count_compiles(metrics)
     with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
         tokenizer_future = pool.submit(_load_tokenizer, config, path)

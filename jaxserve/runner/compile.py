@@ -13,11 +13,15 @@ import jax
 
 from jaxserve.metrics import Metrics
 
+_CACHE_BYTES = 8 << 30
+
 
 def use_compile_cache(directory: pathlib.Path) -> None:
     """Let jax keep compiled programs in a directory, so that the next start finds them."""
     directory.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    # With a bound jax takes a lock to write, so that several servers can share the directory.
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
