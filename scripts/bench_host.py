@@ -35,7 +35,7 @@ from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.weights.source import resolve_model
 
-MAX_LEN, PAGE_SIZE, VOCAB = 2048, 16, 49_000
+MAX_LEN, PAGE_SIZE, VOCAB = 2048, 16, 49_152
 
 
 class InstantRunner:
