@@ -63,12 +63,11 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
         raise ConfigError(f"--max-len={config.model.max_len} exceeds the {spec.max_len} tokens that {config.model.model} was trained for")
     use_compile_cache(config.cache_path / "programs")
     count_compiles(metrics)
-    with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-        tokenizer_future = pool.submit(_load_tokenizer, config, path)
-        tokenizer = tokenizer_future.result()
-        eos_ids = _eos_ids(hf_config, tokenizer, spec.vocab_size)
-        runner = Runner(spec, family, config, eos_ids=eos_ids)
-        on_state("loading")
+    tokenizer = _load_tokenizer(config, path)
+    eos_ids = _eos_ids(hf_config, tokenizer, spec.vocab_size)
+    runner = Runner(spec, family, config, eos_ids=eos_ids)
+    on_state("loading")
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         weights_future = pool.submit(_load_weights, runner, path)
         _compile(runner, metrics, on_state)
         weights_future.result()

@@ -12,7 +12,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 
-from tests.clients.running import running_server
+from tests.server.process import serving
 from tests.tiny import tiny_model
 
 MESSAGES = [
@@ -22,10 +22,12 @@ MESSAGES = [
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[ChatOpenAI]:
-    with running_server(tiny_model(chat_template=False), "--served-model-name", "mosaicml/mpt-7b") as url:
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatOpenAI]:
+    with serving(
+        tmp_path_factory.mktemp("server"), "--served-model-name", "mosaicml/mpt-7b", model_path=str(tiny_model(chat_template=False))
+    ) as server:
         options: dict[str, Any] = {"api_key": "EMPTY", "max_tokens": 5, "temperature": 0, "max_retries": 0, "stream_usage": True}
-        yield ChatOpenAI(model="mosaicml/mpt-7b", base_url=f"{url}/v1", **options)
+        yield ChatOpenAI(model="mosaicml/mpt-7b", base_url=f"{server.url}/v1", **options)
 
 
 def test_invoke_answers_with_usage(llm: ChatOpenAI) -> None:

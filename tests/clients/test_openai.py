@@ -9,16 +9,18 @@ from typing import Any
 import openai
 import pytest
 
-from tests.clients.running import running_server
+from tests.server.process import serving
 from tests.tiny import EOS, tiny_model
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server(tiny_model(), "--served-model-name", "org/tiny,tiny", "--api-key", "secret") as url:
-        yield f"{url}/v1"
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(
+        tmp_path_factory.mktemp("server"), "--served-model-name", "org/tiny,tiny", "--api-key", "secret", model_path=str(tiny_model())
+    ) as server:
+        yield f"{server.url}/v1"
 
 
 @pytest.fixture(scope="module")
