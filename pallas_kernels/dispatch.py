@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Container
 
 import jax
 
-PLATFORM_NAMES = {"tpu": "tpu", "cuda": "gpu", "gpu": "gpu", "rocm": "gpu"}
+_NAMES = {"cuda": "gpu", "rocm": "gpu"}
 
 
-def call(implementations: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Call the implementation named, or the default of the platform with a fall back to "xla".
+def choose(implementations: Container[str], implementation: str | None = None, *, platform: str | None = None) -> str:
+    """The implementation named, or else the one of the platform ("cpu", "tpu", "gpu"; default: jax's), or else "xla".
 
-    Raises: NotImplementedError if the one asked for cannot take these arguments; ValueError if there is none of that name.
+    Raises: ValueError if there is none of that name.
     """
-    if implementation is not None:
-        if implementation not in implementations:
-            raise ValueError(f"no implementation {implementation!r}; there are {', '.join(implementations)}")
-        return implementations[implementation](*args, **kwargs)
-    native = PLATFORM_NAMES.get(jax.default_backend(), "xla")
-    if native in implementations:
-        try:
-            return implementations[native](*args, **kwargs)
-        except NotImplementedError:
-            pass  # the native kernel refuses this case by design; XLA takes every case
-    return implementations["xla"](*args, **kwargs)
+    if implementation is None:
+        platform = platform or jax.default_backend()
+        native = _NAMES.get(platform, platform)
+        return native if native in implementations else "xla"
+    if implementation not in implementations:
+        raise ValueError(f"no implementation {implementation!r}")
+    return implementation

@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 TUNED = pathlib.Path(__file__).parent / "tuned"
@@ -48,6 +49,41 @@ def tpu_limits() -> TpuLimits:
     except (NotImplementedError, ValueError):
         return SMALLEST_TPU
     return TpuLimits(name=f"tpu_{found.chip_version}", vmem_bytes=found.vmem_capacity_bytes, smem_bytes=found.smem_capacity_bytes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GpuLimits:
+    """What one block of threads has, and the name under which tuned block sizes are kept."""
+
+    name: str
+    shared_bytes: int
+    converts_float8: bool
+
+
+KIB = 1 << 10
+# The least of every GPU from Ampere on: plans made with it fit them all.
+SMALLEST_GPU = GpuLimits(name="gpu", shared_bytes=99 * KIB, converts_float8=False)
+# By the first words of the device's kind; shared memory per block from the compute capabilities of the CUDA C++ programming guide.
+_GPUS = (
+    (("A100", "A800"), 163 * KIB, False),
+    (("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300"), 227 * KIB, True),
+    (("L4", "L40", "L40S"), 99 * KIB, True),
+)
+
+
+def gpu_limits() -> GpuLimits | None:
+    """Limits of the GPU that is being compiled for, the smallest GPU's where it is unknown; None where it is no GPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return None
+    words = device.device_kind.replace("-", " ").split()
+    name = "_".join(words).lower()
+    for names, shared_bytes, converts_float8 in _GPUS:
+        if any(word in names for word in words):
+            return GpuLimits(name=name, shared_bytes=shared_bytes, converts_float8=converts_float8)
+    return dataclasses.replace(SMALLEST_GPU, name=name)
 
 
 def tuned(device: str, op: str, key: str) -> dict[str, int] | None:

@@ -8,7 +8,18 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention import gpu, reference, tpu, xla
+
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+
+
+def cache_shape(
+    num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_size: int,
+    *, implementation: str | None = None, platform: str | None = None,
+) -> tuple[int, ...]:  # fmt: skip
+    """Shape of the cache as the implementation, or the platform's own, wants it: num_layers and num_pages first, the rest its own."""
+    module = IMPLEMENTATIONS[dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)]
+    return module.cache_shape(num_layers, num_pages, page_size, num_kv_heads, head_size)
 
 
 @functools.wraps(reference.ragged_paged_attention)
@@ -20,15 +31,8 @@ def ragged_paged_attention(
     layer: jax.Array | int,
     *,
     implementation: str | None = None,
+    platform: str | None = None,
     **features: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    return dispatch.call(
-        {"xla": xla.ragged_paged_attention, "reference": reference.ragged_paged_attention},
-        implementation,
-        q,
-        k,
-        v,
-        pages,
-        layer,
-        **features,
-    )
+    module = IMPLEMENTATIONS[dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)]
+    return module.ragged_paged_attention(q, k, v, pages, layer, **features)

@@ -13,6 +13,11 @@ import jax.numpy as jnp
 MASKED = -1e30  # not -inf: a row without any visible key must not turn into NaN
 
 
+def cache_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
+    """The contract's; implementations may order a page's numbers otherwise."""
+    return num_layers, num_pages, page_size, 2 * num_kv_heads, head_size
+
+
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,

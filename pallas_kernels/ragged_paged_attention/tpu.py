@@ -15,9 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
-from pallas_kernels.ragged_paged_attention.reference import encode
+from pallas_kernels.ragged_paged_attention.reference import cache_shape, encode
 from pallas_kernels.ragged_paged_attention.tpu_kernel import LOG2_E, Refs, attention_kernel
 from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, SUBLANES, TABLE_CHUNK, Plan, make_plan
+
+__all__ = ["cache_shape", "ragged_paged_attention"]  # the contract's cache: a token's keys and values are one write
 
 
 def ragged_paged_attention(
@@ -118,8 +120,16 @@ def _call(
             vmem_limit_bytes=tuning.tpu_limits().vmem_limit,
             disable_bounds_checks=True,  # they take longer than starting a DMA; page ids are valid by contract
         ),
+        cost_estimate=_cost(plan, q, new),
         name="ragged_paged_attention",
     )(*prefetched, *inputs)
+
+
+def _cost(plan: Plan, q: jax.Array, new: jax.Array) -> pl.CostEstimate:
+    """What is known while compiling: queries, outputs and new tokens. Contexts are data; without this the whole cache would count."""
+    moved = 2 * (q.size * q.dtype.itemsize + new.size * new.dtype.itemsize)
+    keys = plan.num_tokens if plan.one_token_rows else plan.context
+    return pl.CostEstimate(flops=4 * q.size * keys, transcendentals=q.size // plan.head_size * keys, bytes_accessed=moved)
 
 
 def _whole(x: jax.Array) -> pl.BlockSpec:

@@ -24,6 +24,7 @@ def tpu_mesh(name: str) -> Mesh:
     Raises: RuntimeError if libtpu, the TPU compiler, is not installed.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # without a TPU there is no metadata server to wait for
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that test workers could take from each other
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
     except Exception as error:
@@ -64,6 +65,6 @@ def memory_of(executable: jax.stages.Compiled) -> Any:
 
 
 def _format(mesh: Mesh, x: jax.ShapeDtypeStruct) -> Format | NamedSharding:
-    """Caches, the arrays of five axes, lie row-major: kernels need it, and the default for a head size of 64 is another."""
+    """Caches, the arrays of four and five axes, lie row-major: kernels need it, and the default for a head size of 64 is another."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    return Format(Layout(tuple(range(x.ndim))), sharding) if x.ndim == 5 else sharding
+    return Format(Layout(tuple(range(x.ndim))), sharding) if x.ndim >= 4 else sharding

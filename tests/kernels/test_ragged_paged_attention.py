@@ -11,15 +11,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.cases import CASES, FEATURES, Case, make_inputs
 
 ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks")
 
 
+def to_rows(pages: jax.Array) -> jax.Array:
+    """The contract's [R, num_pages, page_size, 2K, H] as xla.py holds it."""
+    R, num_pages, page_size, heads, H = pages.shape
+    keys, values = pages[..., 0::2, :].transpose(0, 1, 3, 4, 2), pages[..., 1::2, :].transpose(0, 1, 3, 2, 4)
+    rows = [x.reshape(R, num_pages, heads // 2, page_size * H) for x in (keys, values)]
+    return jnp.stack(rows, axis=3).reshape(R, num_pages, heads, page_size * H)
+
+
+def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The other way."""
+    R, num_pages, page_size, heads, H = shape
+    keys = rows[:, :, 0::2].reshape(R, num_pages, heads // 2, H, page_size).transpose(0, 1, 4, 2, 3)
+    values = rows[:, :, 1::2].reshape(R, num_pages, heads // 2, page_size, H).transpose(0, 1, 3, 2, 4)
+    return jnp.stack([keys, values], axis=4).reshape(shape)
+
+
+REORDER = {"reference": lambda pages: pages, "xla": to_rows}
+RESTORE = {"reference": lambda pages, shape: pages, "xla": from_rows}
+
+
 def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Output and cache, which is in the contract's order whatever the implementation's."""
     arrays = {name: jnp.asarray(value) for name, value in inputs.items() if name in ARRAYS}
     static = {name: value for name, value in inputs.items() if name not in ARRAYS}
+    shape = arrays["pages"].shape
+    arrays["pages"] = REORDER[implementation](arrays["pages"])
+    assert arrays["pages"].shape == cache_shape(*shape[:3], shape[3] // 2, shape[4], implementation=implementation)
 
     @jax.jit
     def call(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -29,7 +53,7 @@ def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.nda
         )
 
     out, pages = call(arrays)
-    return np.asarray(out, np.float32), np.asarray(pages, np.float32)
+    return np.asarray(out, np.float32), np.asarray(RESTORE[implementation](pages, shape), np.float32)
 
 
 def by_hand(case: Case, inputs: dict[str, Any]) -> np.ndarray:
