@@ -1,0 +1,20 @@
+"""Grouped matrix product: rows sorted by expert, each times its expert's matrix."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import reference, tpu, xla
+
+IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}
+
+
+@functools.wraps(reference.grouped_matmul)
+def grouped_matmul(
+    x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None, platform: str | None = None
+) -> jax.Array:
+    module = IMPLEMENTATIONS[dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)]
+    return module.grouped_matmul(x, weights, group_sizes)
