@@ -30,15 +30,20 @@ def tiny_model(*, chat_template: bool = True, max_len: int = 256) -> pathlib.Pat
         max_position_embeddings=max_len, initializer_range=0.4, eos_token_id=0, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
+    save_tokenizer(directory, eos=EOS, chat_template=CHAT_TEMPLATE if chat_template else None)
+    return directory
+
+
+def save_tokenizer(directory: pathlib.Path, *, eos: str, chat_template: str | None) -> None:
+    """Write a byte-level BPE tokenizer of VOCAB tokens, of which `eos` is the first."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[EOS], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB, special_tokens=[eos], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(TEXT * 3, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
     if chat_template:
-        wrapped.chat_template = CHAT_TEMPLATE
+        wrapped.chat_template = chat_template
     wrapped.save_pretrained(directory)
-    return directory

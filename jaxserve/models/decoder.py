@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxserve.models.attention import Attention
 from jaxserve.models.batch import Batch
-from jaxserve.models.embed import Embed
+from jaxserve.models.embed import Embed, PositionEmbed, Projection
 from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.mlp import Mlp
 from jaxserve.models.norm import Norm
@@ -24,21 +24,55 @@ from jaxserve.models.spec import LayerGroup, LayerSpec, ModelSpec
 
 
 class Layer(nnx.Module):
-    """One pre-norm block of a group; its parameters are stacked over the group's repeats."""
+    """One block of a group; its parameters are stacked over the group's repeats."""
 
-    def __init__(self, spec: LayerSpec, width: int, *, repeats: int, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: LayerSpec, width: int, *, repeats: int, dtype: jnp.dtype, platform: str | None) -> None:
+        self.spec = spec
         self.attention_norm = Norm(spec.norm, width, repeats=repeats, dtype=dtype)
-        self.attention = Attention(spec.attention, width, repeats=repeats, dtype=dtype)
-        self.mlp_norm = Norm(spec.norm, width, repeats=repeats, dtype=dtype)
+        self.attention = Attention(spec.attention, width, repeats=repeats, dtype=dtype, platform=platform)
+        if spec.placement != "parallel_shared":
+            self.mlp_norm = Norm(spec.norm, width, repeats=repeats, dtype=dtype)
         self.mlp = Mlp(spec.mlp, width, repeats=repeats, dtype=dtype)
+        if spec.placement == "sandwich":
+            self.attention_post_norm = Norm(spec.norm, width, repeats=repeats, dtype=dtype)
+            self.mlp_post_norm = Norm(spec.norm, width, repeats=repeats, dtype=dtype)
 
-    def __call__(self, x: jax.Array, pages: jax.Array, layer: jax.Array, batch: Batch, angles: Angles) -> tuple[jax.Array, jax.Array]:
-        """Advance [T, D] through the block; returns it and the layer's cache."""
+    def __call__(
+        self, x: jax.Array, pages: jax.Array, layer: jax.Array, batch: Batch, angles: Angles, wanted: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Advance [T, D] through the block; returns it, or only its tokens `wanted`, and the layer's cache."""
+        placement = self.spec.placement
         with jax.named_scope("attention"):
-            attended, pages = self.attention(self.attention_norm(x), pages, layer, batch, angles)
-            x = x + attended
-        with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), pages
+            inputs = x if placement in ("post", "post_sum") else self.attention_norm(x)
+            attended, pages = self.attention(inputs, pages, layer, batch, angles, wanted)
+            x, inputs = (x, inputs) if wanted is None else (x[wanted], inputs[wanted])
+        match placement:
+            case "parallel" | "parallel_shared":
+                with jax.named_scope("mlp"):
+                    return x + self._scaled(attended + self.mlp(inputs if placement == "parallel_shared" else self.mlp_norm(x))), pages
+            case "pre":
+                x = x + self._scaled(attended)
+                with jax.named_scope("mlp"):
+                    return x + self._scaled(self.mlp(self.mlp_norm(x))), pages
+            case "sandwich":
+                x = x + self._scaled(self.attention_post_norm(attended))
+                with jax.named_scope("mlp"):
+                    return x + self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))), pages
+            case "post":
+                x = x + self._scaled(self.attention_norm(attended))
+                with jax.named_scope("mlp"):
+                    return x + self._scaled(self.mlp_norm(self.mlp(x))), pages
+            case "post_sum":
+                x = self.attention_norm(x + self._scaled(attended))
+                with jax.named_scope("mlp"):
+                    return self.mlp_norm(x + self._scaled(self.mlp(x))), pages
+            case "pre_carried":
+                x = self.mlp_norm(inputs + self._scaled(attended))
+                with jax.named_scope("mlp"):
+                    return x + self._scaled(self.mlp(x)), pages
+
+    def _scaled(self, branch: jax.Array) -> jax.Array:
+        return branch if self.spec.residual_scale == 1 else branch * self.spec.residual_scale
 
 
 class Decoder(nnx.Module):
@@ -48,50 +82,83 @@ class Decoder(nnx.Module):
       spec: the model.
       groups: its layers as folded by fold_layers.
       dtype: of weights and activations.
+      platform: whose kernels to use, "cpu", "tpu" or "gpu"; default: the one at hand.
     """
 
-    def __init__(self, spec: ModelSpec, groups: tuple[LayerGroup, ...], *, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: ModelSpec, groups: tuple[LayerGroup, ...], *, dtype: jnp.dtype, platform: str | None = None) -> None:
         self.spec = spec
-        self.embed = Embed(spec.vocab_size, spec.width, dtype=dtype)
+        embed_width = spec.embed_width or spec.width
+        self.embed = Embed(spec.vocab_size, embed_width, dtype=dtype)
+        self.positions = None if spec.positions is None else PositionEmbed(spec.positions, spec.width, dtype=dtype)
+        self.embed_norm = None if spec.embed_norm is None else Norm(spec.embed_norm, spec.width, repeats=None, dtype=dtype)
+        self.embed_in = None if embed_width == spec.width else Projection(embed_width, spec.width, dtype=dtype)
+        self.embed_out = None if embed_width == spec.width else Projection(spec.width, embed_width, dtype=dtype)
         self.groups = nnx.List(
-            [nnx.List([Layer(layer, spec.width, repeats=group.repeats, dtype=dtype) for layer in group.pattern]) for group in groups]
+            [
+                nnx.List([Layer(layer, spec.width, repeats=group.repeats, dtype=dtype, platform=platform) for layer in group.pattern])
+                for group in groups
+            ]
         )
-        self.final_norm = Norm(spec.final_norm, spec.width, repeats=None, dtype=dtype)
-        self.head = None if spec.tied else Embed(spec.vocab_size, spec.width, dtype=dtype)
+        self.final_norm = None if spec.final_norm is None else Norm(spec.final_norm, spec.width, repeats=None, dtype=dtype)
+        self.head = None if spec.tied else Embed(spec.vocab_size, embed_width, dtype=dtype, bias=spec.head_bias)
 
-    def __call__(self, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Hidden states [T, D] of the batch's tokens, before the final norm, and the cache with their keys and values."""
+    def __call__(self, batch: Batch, cache: KVCache, wanted: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+        """Hidden states before the final norm, and the cache with the batch's keys and values.
+
+        Args:
+          wanted: i32[Q], the tokens whose hidden states are returned, [Q, D]; None is all of them, [T, D].
+        """
         with jax.named_scope("embed"):
-            x = self.embed(batch.tokens)
+            x = self._embedded(batch)
         ropes = dict.fromkeys(layer.attention.rope for layer in self.spec.layers if layer.attention.rope is not None)
         angles = rope_angles(batch.positions, tuple(ropes))
-        new_cache = []
+        new_cache: list[tuple[jax.Array, ...]] = []
         for layers, pages in zip(self.groups, cache, strict=True):
-            x, pages = _apply_group(layers, x, pages, batch, angles)
+            last = len(new_cache) + 1 == len(cache)
+            x, pages = _apply_group(layers, x, pages, batch, angles, wanted if last else None)
             new_cache.append(pages)
         return x, tuple(new_cache)
+
+    def _embedded(self, batch: Batch) -> jax.Array:
+        x = self.embed(batch.tokens)
+        if self.spec.embed_scale != 1:
+            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.positions is not None:
+            x = x + self.positions(batch.positions)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """f32[Q, V] for hidden states [Q, D]."""
         with jax.named_scope("head"):
-            return (self.head or self.embed).logits(self.final_norm(x))
+            if self.final_norm is not None:
+                x = self.final_norm(x)
+            if self.embed_out is not None:
+                x = self.embed_out(x)
+            logits = (self.head or self.embed).logits(x)
+            if self.spec.logit_scale != 1:
+                logits = logits * self.spec.logit_scale
+            softcap = self.spec.logit_softcap
+            return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _apply_group(
-    layers: nnx.List[Layer], x: jax.Array, pages: tuple[jax.Array, ...], batch: Batch, angles: Angles
+    layers: nnx.List[Layer], x: jax.Array, pages: tuple[jax.Array, ...], batch: Batch, angles: Angles, wanted: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     graphdef, state = nnx.split(layers)
     stacked: dict[Any, Any] = nnx.to_pure_dict(state)
     repeats = pages[0].shape[0]
     if repeats == 1:
-        return _apply_pattern(graphdef, x, pages, jnp.int32(0), jax.tree.map(lambda leaf: leaf[0], stacked), batch, angles)
+        return _apply_pattern(graphdef, x, pages, jnp.int32(0), jax.tree.map(lambda leaf: leaf[0], stacked), batch, angles, wanted)
 
     def body(carry: tuple[jax.Array, tuple[jax.Array, ...]], item: tuple[jax.Array, Any]) -> tuple[Any, None]:
         x, pages = carry
         index, weights = item
-        return _apply_pattern(graphdef, x, pages, index, weights, batch, angles), None
+        return _apply_pattern(graphdef, x, pages, index, weights, batch, angles, None), None
 
-    return jax.lax.scan(body, (x, pages), (jnp.arange(repeats, dtype=jnp.int32), stacked))[0]
+    x, pages = jax.lax.scan(body, (x, pages), (jnp.arange(repeats, dtype=jnp.int32), stacked))[0]
+    return x if wanted is None else x[wanted], pages
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all groups that are alike, then inlined
@@ -103,9 +170,11 @@ def _apply_pattern(
     weights: Any,
     batch: Batch,
     angles: Angles,
+    wanted: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    written = []
+    written: list[jax.Array] = []
     for layer, its_pages in zip(nnx.merge(graphdef, weights), pages, strict=True):
-        x, its_pages = layer(x, its_pages, index, batch, angles)
+        last = len(written) + 1 == len(pages)
+        x, its_pages = layer(x, its_pages, index, batch, angles, wanted if last else None)
         written.append(its_pages)
     return x, tuple(written)

@@ -27,17 +27,35 @@ _HARMLESS = frozenset((
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length",
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values",
     "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p",
-    "use_bfloat16",
+    "use_bfloat16", "cache_implementation", "activation_dropout", "embed_dropout", "embedding_dropout",
+    "attention_softmax_in_fp32", "initializer_factor",
 ))  # fmt: skip
 # Keys that change nothing while they hold this value.
 _NEUTRAL: Mapping[str, Any] = types.MappingProxyType(
     {
         "add_cross_attention": False, "cross_attention_hidden_size": None, "pretraining_tp": 1, "rope_interleaved": False,
-        "use_sliding_window": False, "partial_rotary_factor": 1.0,
+        "use_sliding_window": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False, "is_causal": True,
+        "use_mrope": False, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "rotary": True, "n_inner": None,
+        "apply_residual_connection_post_layernorm": False, "order_of_interleaved_layers": "local_attn_first",
+        "position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_embedding_sharing": True, "use_gated_activation": True,
+        "use_parallel_block": True, "use_parallel_embedding": False,
     }
 )  # fmt: skip
 # For a config.json that has a model_type and no architectures.
-_BY_MODEL_TYPE: Mapping[str, str] = types.MappingProxyType({"llama": "LlamaForCausalLM"})
+MODEL_TYPES: Mapping[str, str] = types.MappingProxyType(
+    {
+        "llama": "LlamaForCausalLM", "mpt": "MptForCausalLM", "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM",
+        "arcee": "ArceeForCausalLM", "seed_oss": "SeedOssForCausalLM", "internlm2": "InternLM2ForCausalLM",
+        "internlm3": "InternLM3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "granite": "GraniteForCausalLM",
+        "minicpm": "MiniCPMForCausalLM", "nemotron": "NemotronForCausalLM", "exaone": "ExaoneForCausalLM",
+        "exaone4": "Exaone4ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma": "GemmaForCausalLM",
+        "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "phi": "PhiForCausalLM", "phi3": "Phi3ForCausalLM",
+        "gpt2": "GPT2LMHeadModel", "gpt_bigcode": "GPTBigCodeForCausalLM", "gptj": "GPTJForCausalLM", "gpt_neox": "GPTNeoXForCausalLM",
+        "starcoder2": "Starcoder2ForCausalLM", "opt": "OPTForCausalLM", "bloom": "BloomForCausalLM", "falcon": "FalconForCausalLM",
+        "olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "cohere": "CohereForCausalLM",
+        "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM",
+    }
+)  # fmt: skip
 _ROPE_NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
     "beta_fast", "beta_slow", "partial_rotary_factor",
@@ -64,7 +82,8 @@ class HfConfig:
     def __init__(self, values: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None, source: str = "config.json") -> None:
         self._values = dict(values)
         self._read: set[str] = set()
-        self._rope: _RopeParameters | None = None
+        self._ropes: dict[str | None, _RopeParameters] = {}
+        self._children: dict[str, HfConfig] = {}
         self._source = source
         self.generation: Mapping[str, Any] = types.MappingProxyType(dict(generation or {}))
 
@@ -87,7 +106,7 @@ class HfConfig:
         model_type = self._values.get("model_type")
         if not isinstance(model_type, str):
             raise ConfigError(f'{self._source} has neither "architectures" nor "model_type", so it does not say what the model is')
-        return _BY_MODEL_TYPE.get(model_type, model_type)
+        return MODEL_TYPES.get(model_type, model_type)
 
     @overload
     def get(self, key: str, default: _T) -> _T: ...
@@ -120,16 +139,31 @@ class HfConfig:
             raise ConfigError(f"{self._source}: {key}={value!r} must be positive")
         return typed
 
-    def rope_parameters(self) -> Mapping[str, Any]:
+    def child(self, key: str) -> HfConfig:
+        """The object under a key as a config of its own; absent and null are an empty one. What nobody reads of it counts as unread.
+
+        Raises: ConfigError if it is no object.
+        """
+        if key not in self._children:
+            value = self.get(key)
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{self._source}: {key}={value!r:.80} is not an object")
+            self._children[key] = HfConfig(value or {}, source=f"{self._source}: {key}")
+        return self._children[key]
+
+    def rope_parameters(self, kind: str | None = None) -> Mapping[str, Any]:
         """Rotary positions as transformers 5 writes them: rope_type (at least), rope_theta, factor and so on.
 
         Older files have rope_theta at the top and rope_scaling, in which rope_type may be called type. Keys of the result that
         nobody reads are reported by `unread`.
-        Raises: ConfigError naming key and value that are ill-typed; on parameters that differ by kind of layer.
+
+        Args:
+          kind: of layer, for configs in which they may differ, such as "full_attention".
+        Raises: ConfigError naming key and value that are ill-typed; on parameters that differ by kind of layer if no kind is given.
         """
-        if self._rope is None:
-            self._rope = _RopeParameters(self._normalized_rope(), self._source)
-        return self._rope
+        if kind not in self._ropes:
+            self._ropes[kind] = _RopeParameters(self._normalized_rope(kind), self._source)
+        return self._ropes[kind]
 
     def unread(self, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keys and values that nobody read, but for null, for the harmless, and for those that equal `defaults`."""
@@ -139,8 +173,11 @@ class HfConfig:
             for key, value in self._values.items()
             if key not in self._read and not _is_harmless(key) and value is not None and not (key in neutral and neutral[key] == value)
         }
-        if self._rope is not None:
-            left |= {f"rope_parameters.{key}": value for key, value in self._rope.unread().items()}
+        for kind, rope in self._ropes.items():
+            prefix = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
+            left |= {f"{prefix}.{key}": value for key, value in rope.unread().items()}
+        for name, child in self._children.items():
+            left |= {f"{name}.{key}": value for key, value in child.unread().items()}
         return left
 
     def _typed(self, key: str, value: Any, kind: type[Any]) -> Any:
@@ -152,7 +189,7 @@ class HfConfig:
             return value
         raise ConfigError(f"{self._source}: {key}={value!r:.80} is not of type {kind.__name__}")
 
-    def _normalized_rope(self) -> dict[str, Any]:
+    def _normalized_rope(self, kind: str | None) -> dict[str, Any]:
         rope: dict[str, Any] = {}
         theta = self.get("rope_theta")
         if theta is not None:
@@ -164,7 +201,11 @@ class HfConfig:
             if not isinstance(given, dict):
                 raise ConfigError(f"{self._source}: {key}={given!r:.80} is not an object")
             by_layer = [name for name, value in given.items() if isinstance(value, dict)]
-            if by_layer:
+            if kind is not None and by_layer:
+                given = given.get(kind)
+                if not isinstance(given, dict):
+                    raise ConfigError(f"{self._source}: {key} says nothing of {kind}, only of {', '.join(by_layer)}")
+            elif by_layer:
                 raise ConfigError(f"{self._source}: {key} differs by kind of layer ({', '.join(by_layer)}), which is not supported")
             rope |= {name: value for name, value in given.items() if value is not None}
         legacy_type = rope.pop("type", None)

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from jaxserve.models.spec import LayerGroup
+from jaxserve.models.spec import AttentionSpec, LayerGroup
+from pallas_kernels.ragged_paged_attention import cache_shape
 
 KVCache = tuple[tuple[jax.Array, ...], ...]
-"""Per layer group, per layer of its pattern: [R, num_pages, page_size, 2K, H]."""
+"""Per layer group, per layer of its pattern: pages of R layers, in the shape that the attention kernel wants."""
 
 
 def cache_shapes(
-    groups: tuple[LayerGroup, ...], *, num_pages: int, page_size: int, dtype: jnp.dtype
+    groups: tuple[LayerGroup, ...], *, num_pages: int, page_size: int, dtype: jnp.dtype, platform: str | None = None
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
-    """Abstract KVCache for the groups."""
-    return tuple(
-        tuple(
-            jax.ShapeDtypeStruct((group.repeats, num_pages, page_size, 2 * layer.attention.num_kv_heads, layer.attention.head_size), dtype)
-            for layer in group.pattern
-        )
-        for group in groups
-    )
+    """Abstract KVCache for the groups, as the kernels of a platform (default: the one at hand) want it."""
 
+    def shape(repeats: int, attention: AttentionSpec) -> tuple[int, ...]:
+        return cache_shape(repeats, num_pages, page_size, attention.num_kv_heads, attention.head_size, platform=platform)
 
-def page_bytes(groups: tuple[LayerGroup, ...], *, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes that one page takes over all layers."""
-    shapes = cache_shapes(groups, num_pages=1, page_size=page_size, dtype=dtype)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return tuple(tuple(jax.ShapeDtypeStruct(shape(group.repeats, layer.attention), dtype) for layer in group.pattern) for group in groups)

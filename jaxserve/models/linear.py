@@ -46,7 +46,7 @@ def _weights_first(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None) 
 
     The barrier keeps XLA from folding the transpose back into the slow form. With many rows the transposes cost more than they save.
     """
-    if x.shape[0] > _WEIGHTS_FIRST_ROWS:
+    if x.shape[0] == 1 or x.shape[0] > _WEIGHTS_FIRST_ROWS:
         return _rows_first(x, weight, dtype=dtype)
     product = jnp.matmul(weight, x.T, preferred_element_type=dtype)
     return jax.lax.optimization_barrier(product).T

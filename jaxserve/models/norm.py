@@ -10,17 +10,32 @@ from jaxserve.models.spec import NormSpec
 
 
 class Norm(nnx.Module):
-    """Root-mean-square norm; the parameter is [R, D] in a layer group, [D] with repeats=None."""
+    """Root-mean-square or layer norm; its parameters are [R, *shape] in a layer group, of that shape with repeats=None.
 
-    def __init__(self, spec: NormSpec, width: int, *, repeats: int | None, dtype: jnp.dtype) -> None:
+    Args:
+      shape: of the weights: the width of the last axis, or the last axes if vectors before it have weights of their own.
+    """
+
+    def __init__(self, spec: NormSpec, shape: int | tuple[int, ...], *, repeats: int | None, dtype: jnp.dtype) -> None:
         self.spec = spec
-        self.weight = nnx.Param(jax.ShapeDtypeStruct((width,) if repeats is None else (repeats, width), dtype))
+        whole = (*(() if repeats is None else (repeats,)), *((shape,) if isinstance(shape, int) else shape))
+        self.weight = nnx.Param(jax.ShapeDtypeStruct(whole, dtype)) if spec.weight else None
+        self.bias = nnx.Param(jax.ShapeDtypeStruct(whole, dtype)) if spec.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize [T, D]; statistics in float32, result in x's dtype.
+        """Normalize [..., *shape]; statistics in float32, result in x's dtype.
 
-        Source: Zhang and Sennrich 2019, equation 4.
+        Source: Zhang and Sennrich 2019, equation 4; Ba et al. 2016, equation 4.
         """
         wide = x.astype(jnp.float32)
+        if self.spec.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.spec.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...]
+        if self.spec.plus_one and self.weight is not None:
+            # float32: 1 + weight has more digits than bfloat16
+            return self._shift((wide * scale * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype))
+        normalized = (wide * scale).astype(x.dtype)
+        return self._shift(normalized if self.weight is None else normalized * self.weight[...])
+
+    def _shift(self, x: jax.Array) -> jax.Array:
+        return x if self.bias is None else x + self.bias[...]

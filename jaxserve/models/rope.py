@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models.spec import LinearScaling, Llama3Scaling, RopeSpec
+from jaxserve.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 
 
 def rope_frequencies(spec: RopeSpec) -> np.ndarray:
     """Angle per position of each feature pair, f32[dim / 2].
 
     Raises: ValueError if spec.dim is odd.
-    Source: Su et al. 2021 (RoFormer), section 3.4; Llama 3.1's reference code for its scaling.
+    Source: Su et al. 2021 (RoFormer), section 3.4; Llama 3.1's reference code for its scaling; Peng et al. 2023 (YaRN), section 3;
+      Ding et al. 2024 (LongRoPE).
     """
     if spec.dim % 2:
         raise ValueError(f"rotary dimension {spec.dim} is odd")
-    frequencies = 1.0 / spec.theta ** (np.arange(0, spec.dim, 2, dtype=np.float64) / spec.dim)
+    pairs = np.arange(0, spec.dim, 2, dtype=np.float64) / spec.dim
+    frequencies = 1.0 / spec.theta**pairs
     match spec.scaling:
         case None:
             pass
@@ -28,7 +30,25 @@ def rope_frequencies(spec: RopeSpec) -> np.ndarray:
             frequencies = frequencies / factor
         case Llama3Scaling():
             frequencies = _llama3(frequencies, spec.scaling)
+        case YarnScaling():
+            frequencies = _yarn(frequencies, spec.theta, spec.scaling)
+        case DynamicScaling(factor=factor, original_len=original_len, max_len=max_len):
+            stretch = factor * max(max_len, original_len) / original_len - (factor - 1)
+            frequencies = 1.0 / (spec.theta * stretch ** (spec.dim / (spec.dim - 2))) ** pairs
+        case LongRopeScaling(short=short, long=long, original_len=original_len, max_len=max_len):
+            frequencies = frequencies / np.array(long if max_len > original_len else short)
     return frequencies.astype(np.float32)
+
+
+def _yarn(frequencies: np.ndarray, theta: float, scaling: YarnScaling) -> np.ndarray:
+    dim = 2 * len(frequencies)
+    turns = np.array([scaling.beta_fast, scaling.beta_slow])
+    low, high = dim * np.log(scaling.original_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(len(frequencies)) - low) / ((high - low) or 0.001), 0.0, 1.0)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
 
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
@@ -41,7 +61,7 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Angles:
-    """Cosine and sine, each f32[T, 1, dim / 2], of a step's positions under every RopeSpec of the model."""
+    """Cosine and signed sine, each f32[T, 1, 2, dim / 2], of a step's positions under every RopeSpec of the model."""
 
     specs: tuple[RopeSpec, ...] = dataclasses.field(metadata={"static": True})
     values: tuple[tuple[jax.Array, jax.Array], ...]
@@ -49,8 +69,14 @@ class Angles:
 
 def rope_angles(positions: jax.Array, specs: tuple[RopeSpec, ...]) -> Angles:
     """The angles of positions i32[T], computed once for all layers."""
-    angles = [positions.astype(jnp.float32)[:, None, None] * rope_frequencies(spec) for spec in specs]
-    return Angles(specs, tuple((jnp.cos(a), jnp.sin(a)) for a in angles))
+    return Angles(specs, tuple(_rotation(positions.astype(jnp.float32)[:, None, None] * rope_frequencies(spec), spec) for spec in specs))
+
+
+def _rotation(angles: jax.Array, spec: RopeSpec) -> tuple[jax.Array, jax.Array]:
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if isinstance(spec.scaling, YarnScaling | LongRopeScaling):
+        cos, sin = cos * spec.scaling.attention_factor, sin * spec.scaling.attention_factor
+    return jnp.stack([cos] * 2, axis=2), jnp.stack([-sin, sin], axis=2)
 
 
 def apply_rope(x: jax.Array, angles: Angles, spec: RopeSpec) -> jax.Array:
@@ -60,7 +86,11 @@ def apply_rope(x: jax.Array, angles: Angles, spec: RopeSpec) -> jax.Array:
       x: [T, N, H], any float dtype; computed in float32.
     """
     cos, sin = angles.values[angles.specs.index(spec)]
-    half = cos.shape[-1]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+    T, N, H = x.shape
+    if spec.interleaved:
+        pairs = x[..., : spec.dim].reshape(T, N, spec.dim // 2, 2).swapaxes(2, 3).astype(jnp.float32)
+        rotated = (pairs * cos + pairs[:, :, ::-1] * sin).astype(x.dtype).swapaxes(2, 3).reshape(T, N, spec.dim)
+    else:
+        halves = x[..., : spec.dim].reshape(T, N, 2, spec.dim // 2).astype(jnp.float32)
+        rotated = (halves * cos + halves[:, :, ::-1] * sin).astype(x.dtype).reshape(T, N, spec.dim)
+    return rotated if spec.dim == H else jnp.concatenate([rotated, x[..., spec.dim :]], axis=-1)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NormSpec:
-    """Root-mean-square normalization of the last axis, in float32, times a learned weight."""
+    """Normalization of the last axis, in float32, times a learned weight.
+
+    Args:
+      kind: "rms" divides by the root of the mean square; "layer" subtracts the mean first.
+      weight: whether there is one.
+      plus_one: the factor is 1 + weight, computed in float32.
+      bias: a learned bias is added.
+    """
 
     eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    weight: bool = True
+    plus_one: bool = False
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +44,89 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """Frequencies of less than beta_slow turns in original_len tokens divided by factor, of more than beta_fast kept, a ramp between.
+
+    Args:
+      attention_factor: multiplies cosine and sine.
+      truncate: the ramp begins and ends at whole features.
+    """
+
+    factor: float
+    original_len: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicScaling:
+    """The base raised as far as texts of max_len tokens need, when the model was trained for original_len; see `limit_length`."""
+
+    factor: float
+    original_len: int
+    max_len: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LongRopeScaling:
+    """Each frequency divided by its short factor, or by its long one if texts may exceed original_len; see `limit_length`.
+
+    Args:
+      short, long: a divisor for each pair of features.
+      attention_factor: multiplies cosine and sine.
+      max_len: tokens of the longest text there can be.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    original_len: int
+    max_len: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary positions on the first dim features of a head, halves layout; theta is the base of the frequencies."""
+    """Rotary positions on the first dim features of a head; theta is the base of the frequencies.
+
+    Args:
+      interleaved: feature 2i pairs with 2i + 1; otherwise i pairs with i + dim / 2.
+    """
 
     dim: int
     theta: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: RopeScaling | None = None
+    interleaved: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class QkNormSpec:
+    """Normalization of queries and keys, before rotary positions.
+
+    Args:
+      over: "head" is each head by itself with one weight for all; "heads" the same with a weight for each head; "width" all heads as one
+        vector.
+    """
+
+    norm: NormSpec
+    over: Literal["head", "heads", "width"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Causal attention with num_kv_heads shared by num_heads queries; window in tokens, None is unlimited."""
+    """Causal attention with num_kv_heads shared by num_heads queries.
+
+    Args:
+      sm_scale: multiplies the scores.
+      clip: queries, keys and values are cut to -clip .. clip.
+      window: tokens that a query sees, itself included; None is unlimited.
+      softcap: scores become softcap * tanh(scores / softcap).
+      alibi_slopes: one a head; the distance to a key times the slope is taken from its score.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -52,25 +135,51 @@ class AttentionSpec:
     rope: RopeSpec | None
     qkv_bias: bool = False
     out_bias: bool = False
+    clip: float | None = None
+    qk_norm: QkNormSpec | None = None
     window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MlpSpec:
-    """Gated feed-forward layer: down(activation(gate(x)) * up(x)), hidden width `width`."""
+    """Feed-forward layer of hidden width `width`: down(activation(gate(x)) * up(x)), or down(activation(up(x))) if not gated."""
 
     width: int
     activation: Activation
     bias: bool = False
+    gated: bool = True
+
+
+Placement = Literal["pre", "sandwich", "post", "post_sum", "pre_carried", "parallel", "parallel_shared"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """One block; f is its attention, then its MLP, and each norm is one of the layer's own.
+
+    Args:
+      norm: the kind of all the block's norms.
+      placement: "pre" x += f(norm(x)); "sandwich" x += norm'(f(norm(x))); "post" x += norm(f(x)); "post_sum" x = norm(x + f(x));
+        "pre_carried" x = norm(x) + f(norm(x)); "parallel" x += attention(norm(x)) + mlp(norm'(x)); "parallel_shared" the same with one
+        norm.
+      residual_scale: multiplies what f adds.
+    """
 
     attention: AttentionSpec
     mlp: MlpSpec
     norm: NormSpec
+    placement: Placement = "pre"
+    residual_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedPositions:
+    """A learned vector for each position, at row position + offset of a table."""
+
+    num_rows: int
+    offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +190,46 @@ class ModelSpec:
       width: D.
       vocab_size: V, the logits' width.
       max_len: most tokens that the positions were trained for.
+      final_norm: None if the last block's output goes to the head as it is.
       tied: the output head is the embedding matrix.
+      embed_width: of the embedding matrix, when it is not D: a matrix each leads to D and back.
+      embed_scale: multiplies embeddings, rounded to their dtype.
+      embed_norm: normalizes embeddings.
+      positions: learned vectors that are added to embeddings.
+      head_bias: the logits have a bias.
+      logit_scale: multiplies logits, before the softcap.
+      logit_softcap: logits become softcap * tanh(logits / softcap).
     """
 
     width: int
     vocab_size: int
     max_len: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     tied: bool
+    embed_width: int | None = None
+    embed_scale: float = 1.0
+    embed_norm: NormSpec | None = None
+    positions: LearnedPositions | None = None
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+def limit_length(spec: ModelSpec, max_len: int) -> ModelSpec:
+    """The model for texts of at most max_len tokens: positions whose rotation depends on how long texts can be are told so.
+
+    Every token is rotated alike whatever its neighbours, so that a cached key serves every text; what transformers decides anew with
+    each call, by the length so far, is decided here by the length there can be.
+    """
+    layers = []
+    for layer in spec.layers:
+        rope = layer.attention.rope
+        if rope is not None and isinstance(rope.scaling, DynamicScaling | LongRopeScaling):
+            rope = dataclasses.replace(rope, scaling=dataclasses.replace(rope.scaling, max_len=max_len))
+            layer = dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, rope=rope))
+        layers.append(layer)
+    return dataclasses.replace(spec, layers=tuple(layers), max_len=min(spec.max_len, max_len))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

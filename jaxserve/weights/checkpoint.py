@@ -1,4 +1,4 @@
-"""Opens whatever checkpoint lies at a path: safetensors, GGUF or Orbax."""
+"""Opens whatever checkpoint lies at a path: safetensors, GGUF, Orbax or PyTorch's .bin."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from jaxserve.weights.json_file import read_json
 from jaxserve.weights.orbax import is_orbax, open_orbax
 from jaxserve.weights.safetensors import INDEX_NAME, open_safetensors
 from jaxserve.weights.tensors import Checkpoint, TensorInfo
+from jaxserve.weights.torch_bin import BIN_INDEX_NAME, open_torch, weight_files
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_config"]
 
 
 def open_checkpoint(path: pathlib.Path) -> Checkpoint:
-    """Open the weights of the model at a path: a .gguf or .safetensors file, or a directory of safetensors or Orbax files.
+    """Open the weights of the model at a path: a .gguf, .safetensors or .bin file, or a directory of safetensors, Orbax or .bin files.
 
     Raises: ConfigError listing everything that is wrong with them, or saying what was looked for if there are none.
     """
@@ -24,17 +25,23 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
         return open_gguf(path)
     if path.is_file() and path.suffix == ".safetensors":
         return open_safetensors(path)
+    if path.is_file() and path.suffix == ".bin":
+        return open_torch(path)
     if path.is_dir():
         if (path / INDEX_NAME).exists() or any(path.glob("*.safetensors")):
             return open_safetensors(path)
         if is_orbax(path):
             return open_orbax(path)
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
-        hint = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        if (path / BIN_INDEX_NAME).exists() or weight_files(path):
+            return open_torch(path)
+        pickled = sorted(file.name for pattern in ("*.pth", "*.pt") for file in path.glob(pattern))
+        hint = f"; {pickled[0]} is not in Hugging Face's layout: convert it to safetensors" if pickled else ""
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint += f"; name one of its GGUF files instead of the directory, such as {path / ggufs[0]}" if ggufs else ""
-        raise ConfigError(f"{path} holds no weights: there is neither {INDEX_NAME} nor a .safetensors file nor an Orbax checkpoint{hint}")
-    raise ConfigError(f"{path} is neither a directory nor a .gguf or .safetensors file")
+        raise ConfigError(
+            f"{path} holds no weights: there is neither {INDEX_NAME} nor a .safetensors file nor an Orbax checkpoint nor a .bin file{hint}"
+        )
+    raise ConfigError(f"{path} is neither a directory nor a .gguf, .safetensors or .bin file")
 
 
 def read_config(path: pathlib.Path) -> HfConfig:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.text.gguf_metadata import read_gguf_metadata
-from jaxserve.weights.gguf_config import ROPE_FREQS, check_architecture, gguf_config, hf_name, rotated_heads
+from jaxserve.weights.gguf_config import ROPE_FREQS, check_architecture, gguf_config, has_added_one, hf_name, rotated_heads
 from jaxserve.weights.gguf_header import GgufTensor, read_tensor_table
 from jaxserve.weights.tensors import Checkpoint, TensorInfo, raise_problems
 
@@ -64,10 +64,11 @@ class GgufCheckpoint(Checkpoint):
         self.own_shapes = {own_name: tensor.shape for file in files for own_name, tensor in file.tensors.items()}
         self._places: dict[str, tuple[_File, GgufTensor]] = {}
         self._orders: dict[str, np.ndarray] = {}
+        self._one_too_much: set[str] = set()
         supported = {kind: _can_read(kind) for kind in {tensor.kind for file in files for tensor in file.tensors.values()}}
         for file in files:
             for own_name, tensor in file.tensors.items():
-                name = hf_name(own_name)
+                name = hf_name(own_name, metadata)
                 if not supported[tensor.kind]:
                     problems.append(f"{own_name} has type {tensor.kind.name}, which the gguf package cannot dequantize")
                 if name in self._places:
@@ -77,6 +78,8 @@ class GgufCheckpoint(Checkpoint):
                     problems.append(f"{own_name} has {tensor.shape[0]} rows, which {num_heads} heads with rotary positions cannot share")
                 elif num_heads:
                     self._orders[name] = _half_layout(tensor.shape[0], num_heads)
+                if has_added_one(own_name, metadata):
+                    self._one_too_much.add(name)
                 self._places[name] = file, tensor
         tensors = {
             name: TensorInfo(shape=tensor.shape, dtype=_PLAIN.get(tensor.kind, np.dtype(np.float32)).name)
@@ -92,11 +95,13 @@ class GgufCheckpoint(Checkpoint):
         self._check_rows(name, start, stop)
         file, tensor = self._places[name]
         num_rows, order = tensor.shape[0], self._orders.get(name)
-        if len(tensor.shape) == 1 and tensor.kind not in _PLAIN:
-            return _decode(self._bytes(file, tensor, 1), tensor.kind)[0, start:stop]  # blocks lie along the only axis
-        stored = self._bytes(file, tensor, max(num_rows, 1))[:num_rows]
-        rows = stored[start:stop] if order is None else stored[order[start:stop]]
-        return _decode(rows, tensor.kind).reshape(stop - start, *tensor.shape[1:])
+        if len(tensor.shape) == 1 and tensor.kind not in _PLAIN:  # blocks lie along the only axis
+            values = _decode(self._bytes(file, tensor, 1), tensor.kind)[0, start:stop]
+        else:
+            stored = self._bytes(file, tensor, max(num_rows, 1))[:num_rows]
+            rows = stored[start:stop] if order is None else stored[order[start:stop]]
+            values = _decode(rows, tensor.kind).reshape(stop - start, *tensor.shape[1:])
+        return values - np.ones((), values.dtype) if name in self._one_too_much else values
 
     def close(self) -> None:
         for file in self._files:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.weights.gguf_families import GGUF_FAMILIES
+from jaxserve.weights.gguf_reader import GgufReader
 
-# general.architecture -> Hugging Face's name for it.
-_ARCHITECTURES: Mapping[str, str] = types.MappingProxyType({"llama": "LlamaForCausalLM"})
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -28,8 +27,6 @@ _LAYER = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)", re.ASCII)
 _MODEL = re.compile(r"(\w+)\.(weight|bias)", re.ASCII)
 # Where the attention's rotary frequencies are kept when they are not powers of a base; not a parameter.
 ROPE_FREQS = "rope_freqs.weight"
-# Derived from other keys, or about how the file was made.
-_HARMLESS = ("vocab_size", "tensor_data_layout")
 # The original Llama 3.1 scaling, as all published models of it have it; the file keeps only its effect.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -40,16 +37,17 @@ def check_architecture(metadata: Mapping[str, Any]) -> str:
     Raises: ConfigError naming it and what there is.
     """
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in _ARCHITECTURES:
-        raise ConfigError(f"GGUF files of architecture {name!r:.80} are not supported; there are {', '.join(_ARCHITECTURES)}")
+    if not isinstance(name, str) or name not in GGUF_FAMILIES:
+        raise ConfigError(f"GGUF files of architecture {name!r:.80} are not supported; there are {', '.join(GGUF_FAMILIES)}")
     return name
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, metadata: Mapping[str, Any]) -> str:
     """Hugging Face's name of a tensor; what has none there keeps its own."""
     if match := _LAYER.fullmatch(name):
         layer, part, leaf = match.groups()
-        return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}.{leaf}" if part in _LAYER_NAMES else name
+        names = {**_LAYER_NAMES, **GGUF_FAMILIES[check_architecture(metadata)].layer_names}
+        return f"model.layers.{int(layer)}.{names[part]}.{leaf}" if part in names else name
     if (match := _MODEL.fullmatch(name)) and match[1] in _MODEL_NAMES:
         return f"{_MODEL_NAMES[match[1]]}.{match[2]}"
     return name
@@ -61,11 +59,20 @@ def rotated_heads(name: str, metadata: Mapping[str, Any]) -> int | None:
     Source: LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py.
     """
     match = _LAYER.fullmatch(name)
-    if match is None or match[2] not in ("attn_q", "attn_k"):
+    if match is None or match[2] not in ("attn_q", "attn_k") or not GGUF_FAMILIES[check_architecture(metadata)].has_interleaved_heads:
         return None
-    reader = _Reader(metadata)
+    reader = _reader(metadata)
     num_heads = reader.count("attention.head_count")
     return num_heads if match[2] == "attn_q" else reader.count("attention.head_count_kv", num_heads)
+
+
+def has_added_one(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp has added 1 to this tensor, which Hugging Face's model does when it runs."""
+    return name.endswith("_norm.weight") and GGUF_FAMILIES[check_architecture(metadata)].has_norms_plus_one
+
+
+def _reader(metadata: Mapping[str, Any]) -> GgufReader:
+    return GgufReader(metadata, check_architecture(metadata))
 
 
 def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_freqs: np.ndarray | None, source: str) -> HfConfig:
@@ -77,7 +84,7 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
       rope_freqs: f32[head size / 2], the tensor of that name if there is one.
     Raises: ConfigError naming what is missing, ill-typed or not understood.
     """
-    reader = _Reader(metadata)
+    reader = _reader(metadata)
     if reader.count("expert_count", 0):
         raise ConfigError(f"{source}: GGUF files with experts (expert_count={reader.count('expert_count', 0)}) are not supported")
     width, num_heads = reader.count("embedding_length"), reader.count("attention.head_count")
@@ -85,8 +92,9 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if reader.count("attention.value_length", head_size) != head_size:
         raise ConfigError(f"{source}: values of a size other than the keys' {head_size} are not supported")
     rotary = reader.count("rope.dimension_count", head_size)
+    family = GGUF_FAMILIES[check_architecture(metadata)]
     values: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[check_architecture(metadata)]],
+        "architectures": [family.architecture],
         "model_type": check_architecture(metadata),
         "hidden_size": width,
         "intermediate_size": reader.count("feed_forward_length"),
@@ -106,12 +114,14 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     }
     if rotary != head_size:
         values["partial_rotary_factor"] = rotary / head_size
+    if family.config is not None:
+        values = family.config(reader, values)
     reader.refuse_unread(source)
     tokens = _token_ids(metadata)
     return HfConfig(values | tokens, generation=tokens, source=source)
 
 
-def _num_layers(reader: _Reader, shapes: Mapping[str, tuple[int, ...]], source: str) -> int:
+def _num_layers(reader: GgufReader, shapes: Mapping[str, tuple[int, ...]], source: str) -> int:
     stated = reader.count("block_count")
     found = max((int(match[1]) + 1 for name in shapes if (match := _LAYER.fullmatch(name))), default=0)
     if stated != found:
@@ -126,7 +136,7 @@ def _vocab_size(shapes: Mapping[str, tuple[int, ...]], source: str) -> int:
     return shape[0]
 
 
-def _rope_parameters(reader: _Reader, head_size: int, rope_freqs: np.ndarray | None) -> dict[str, Any]:
+def _rope_parameters(reader: GgufReader, head_size: int, rope_freqs: np.ndarray | None) -> dict[str, Any]:
     theta = reader.number("rope.freq_base", 10_000.0)
     kind = reader.text("rope.scaling.type", "none")
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 1.0))
@@ -165,55 +175,3 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     begin = metadata.get("tokenizer.ggml.bos_token_id")
     ids: dict[str, Any] = {"bos_token_id": begin} if isinstance(begin, int) else {}
     return ids | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
-
-
-class _Reader:
-    """The metadata of the architecture, read by key and type, with what was read."""
-
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self._metadata = metadata
-        self._prefix = f"{check_architecture(metadata)}."
-        self._read: set[str] = set()
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A number of things; a list of equal ones, one a layer, counts as one."""
-        value = self._get(key, default)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-            raise self._error(key, value, "a count, the same for all layers")
-        if value == 0 and default is None:
-            raise self._error(key, value, "positive")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number; of a float32, the shortest decimal that it stands for, as config.json would have it."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise self._error(key, value, "a positive number")
-        return float(str(np.float32(value)))
-
-    def text(self, key: str, default: str) -> str:
-        """A word, or a flag as one."""
-        return str(self._get(key, default))
-
-    def refuse_unread(self, source: str) -> None:
-        """Raise ConfigError if the architecture has a key that nobody read."""
-        left = {
-            key: value
-            for key, value in self._metadata.items()
-            if key.startswith(self._prefix) and key.removeprefix(self._prefix) not in (*self._read, *_HARMLESS)
-        }
-        if left:
-            shown = ", ".join(f"{key}={value!r:.80}" for key, value in left.items())
-            raise ConfigError(f"{source} has metadata that is not understood: {shown}")
-
-    def _get(self, key: str, default: Any) -> Any:
-        self._read.add(key)
-        value = self._metadata.get(self._prefix + key, default)
-        if value is None:
-            raise ConfigError(f"the metadata has no {self._prefix}{key}")
-        return value
-
-    def _error(self, key: str, value: Any, wanted: str) -> ConfigError:
-        return ConfigError(f"metadata {self._prefix}{key}={value!r:.80} is not {wanted}")

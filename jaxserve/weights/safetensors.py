@@ -73,7 +73,7 @@ def open_safetensors(path: pathlib.Path) -> SafetensorsCheckpoint:
         folder, names = path.parent, [path.name]
     else:
         folder = path
-        places = _read_index(path / INDEX_NAME, problems) if (path / INDEX_NAME).exists() else {}
+        places = read_index(path / INDEX_NAME, problems) if (path / INDEX_NAME).exists() else {}
         names = sorted(set(places.values())) if places or problems else _unindexed(path)
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as opened:
@@ -93,7 +93,8 @@ def _unindexed(directory: pathlib.Path) -> list[str]:
     return sorted(file.name for file in directory.glob("*.safetensors"))
 
 
-def _read_index(path: pathlib.Path, problems: list[str]) -> dict[str, str]:
+def read_index(path: pathlib.Path, problems: list[str]) -> dict[str, str]:
+    """Tensor -> the file beside the index that holds it; what is wrong with the index is added to `problems`."""
     places = read_json(path, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places:
         problems.append(f'{path.name} has no "weight_map" of tensors to files')

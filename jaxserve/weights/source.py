@@ -30,6 +30,7 @@ from jaxserve.config import DEFAULT_MODEL
 from jaxserve.errors import ConfigError
 from jaxserve.weights.json_file import read_json
 from jaxserve.weights.safetensors import INDEX_NAME
+from jaxserve.weights.torch_bin import BIN_INDEX_NAME
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _WANTED = {
     "model": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
     "tokenizer": ["*.json", "*.jinja", "*.model", "*.txt"],
 }
+_PICKLED = "pytorch_model*.bin*"  # for repositories without safetensors
 _UNWANTED = ["*/*", "consolidated*.safetensors"]  # other precisions, ONNX and the original layout
 _PROBE_S = 4.0  # a hub that has not answered by then would be slow at best
 _COPY_BYTES = 1 << 20
@@ -128,7 +130,7 @@ def _fetch(model: str, revision: str | None, need: Need, progress: bool, remotes
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     if _is_complete(found, need):
         return found
-    return "the repository has no " + ("config.json with safetensors weights" if need == "model" else "tokenizer files")
+    return "the repository has no " + ("config.json with safetensors or PyTorch weights" if need == "model" else "tokenizer files")
 
 
 def _expand(model: str) -> pathlib.Path:
@@ -144,14 +146,18 @@ def _is_complete(directory: pathlib.Path, need: Need) -> bool:
         return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if not (directory / "config.json").is_file():
         return False
-    index = directory / INDEX_NAME
-    if not index.is_file():
-        return any(directory.glob("*.safetensors"))
+    indexes = [index for index in (directory / INDEX_NAME, directory / BIN_INDEX_NAME) if index.is_file()]
+    if not indexes:
+        return any(directory.glob("*.safetensors")) or (directory / "pytorch_model.bin").is_file()
+    return any(_has_shards(index) for index in indexes)
+
+
+def _has_shards(index: pathlib.Path) -> bool:
     try:
         shards = read_json(index, max_bytes=64 << 20).get("weight_map")
     except ConfigError:
         return False
-    return isinstance(shards, dict) and all(isinstance(shard, str) and (directory / shard).is_file() for shard in shards.values())
+    return isinstance(shards, dict) and all(isinstance(shard, str) and (index.parent / shard).is_file() for shard in shards.values())
 
 
 def _install_wheel(target: pathlib.Path, remotes: Remotes, progress: bool) -> pathlib.Path:
@@ -242,29 +248,32 @@ def _cached_on_disk(model: str, revision: str | None) -> pathlib.Path | None:
 def _fetch_from_hub(model: str, revision: str | None, need: Need, progress: bool) -> pathlib.Path:
     import huggingface_hub
 
-    _probe_hub(model, revision)
+    names = _probe_hub(model, revision)
+    wanted = _WANTED[need]
+    if need == "model" and not any(name.endswith(".safetensors") for name in names):
+        wanted = [*wanted, _PICKLED]
     log.info("downloading model=%s from the hub", model)
     return pathlib.Path(
         huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=_WANTED[need], ignore_patterns=_UNWANTED,
+            model, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED,
             tqdm_class=cast(Any, tqdm if progress else _SilentBar),
         )
     )  # fmt: skip
 
 
-def _probe_hub(model: str, revision: str | None) -> None:
-    """Ask the hub for the model; raise what it answers, or TimeoutError.
+def _probe_hub(model: str, revision: str | None) -> list[str]:
+    """Ask the hub for the model's files; raise what it answers, or TimeoutError.
 
     In a thread, because looking up a name can outlast any timeout of the connection. A thread left behind ends with its socket.
     """
     import huggingface_hub
 
-    outcome: list[BaseException | None] = []
+    outcome: list[BaseException | list[str]] = []
 
     def ask() -> None:
         try:
-            huggingface_hub.HfApi().model_info(model, revision=revision, timeout=_PROBE_S)
-            outcome.append(None)
+            info = huggingface_hub.HfApi().model_info(model, revision=revision, timeout=_PROBE_S)
+            outcome.append([file.rfilename for file in info.siblings or ()])
         except Exception as error:  # raised by the caller's thread
             outcome.append(error)
 
@@ -273,8 +282,9 @@ def _probe_hub(model: str, revision: str | None) -> None:
     thread.join(_PROBE_S)
     if not outcome:
         raise TimeoutError(f"no answer within {_PROBE_S:.0f} s")
-    if outcome[0] is not None:
+    if isinstance(outcome[0], BaseException):
         raise outcome[0]
+    return outcome[0]
 
 
 def _download_wheel(requirement: str, directory: pathlib.Path) -> None:

@@ -16,42 +16,66 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.families import find_family
 from jaxserve.models.kv_cache import KVCache, cache_shapes
 from jaxserve.models.params import Params, merge_model, split_model
-from jaxserve.models.spec import fold_layers
+from jaxserve.models.spec import fold_layers, limit_length
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
 
 PAGE_SIZE = 8
 
 
+class PagedModel:
+    """A checkpoint, loaded in float32.
+
+    Args:
+      max_len: of texts, for positions that depend on it.
+    """
+
+    def __init__(self, path: pathlib.Path, *, scan: bool, max_len: int | None = None) -> None:
+        config = read_config(path)
+        family = find_family(config)
+        spec = family.spec(config)
+        assert not config.unread(), f"{config.unread()=}"
+        if max_len is not None:
+            spec = limit_length(spec, max_len)
+        self._groups = fold_layers(spec.layers, scan=scan)
+        self._graphdef, shapes = split_model(Decoder(spec, self._groups, dtype=jnp.dtype(jnp.float32)))
+        with open_checkpoint(path) as checkpoint:
+            self._params = load_params(checkpoint, shapes, self._groups, family, progress=lambda done, total: None)
+
+    def logits(self, prompt: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+        """f32[len(prompt), V]: the prompt's logits, computed in chunks of the given sizes over scattered pages.
+
+        Chunks are padded to the length of the prompt, but for single tokens, which are decode steps.
+        """
+        num_pages = -(-len(prompt) // PAGE_SIZE)
+        cache = jax.tree.map(
+            lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
+            cache_shapes(self._groups, num_pages=num_pages + 3, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
+        )
+        table = np.random.default_rng(2).permutation(np.arange(1, num_pages + 3))[:num_pages].astype(np.int32)
+        found, start = [], 0
+        for count in cuts:
+            T = 1 if count == 1 else len(prompt)
+            tokens, positions = np.zeros((2, T), np.int32)
+            tokens[:count], positions[:count] = prompt[start : start + count], np.arange(start, start + count)
+            batch = Batch(
+                tokens=jnp.asarray(tokens), positions=jnp.asarray(positions), page_table=jnp.asarray(table[None]),
+                query_start=jnp.array([0, count], jnp.int32), kv_len=jnp.array([start + count], jnp.int32), one_token_rows=count == 1,
+            )  # fmt: skip
+            logits, cache = _forward(self._graphdef, self._params, batch, cache)
+            found.append(np.asarray(logits)[:count])
+            start += count
+        assert start == len(prompt), f"{cuts=} do not cover the prompt"
+        return np.concatenate(found)
+
+
 def logits_of(path: pathlib.Path, prompt: np.ndarray, cuts: Sequence[int], *, scan: bool) -> np.ndarray:
-    """f32[len(prompt), V]: the prompt's logits, computed in chunks of the given sizes over scattered pages."""
-    config = read_config(path)
-    family = find_family(config)
-    spec = family.spec(config)
-    groups = fold_layers(spec.layers, scan=scan)
-    graphdef, shapes = split_model(Decoder(spec, groups, dtype=jnp.dtype(jnp.float32)))
-    with open_checkpoint(path) as checkpoint:
-        params = load_params(checkpoint, shapes, groups, family, progress=lambda done, total: None)
-    num_pages = -(-len(prompt) // PAGE_SIZE)
-    cache = jax.tree.map(
-        lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
-        cache_shapes(groups, num_pages=num_pages + 3, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
-    )
-    table = np.random.default_rng(2).permutation(np.arange(1, num_pages + 3))[:num_pages].astype(np.int32)
-    found, start = [], 0
-    for count in cuts:
-        batch = Batch(
-            tokens=jnp.asarray(prompt[start : start + count], jnp.int32), positions=jnp.arange(start, start + count, dtype=jnp.int32),
-            page_table=jnp.asarray(table[None]), query_start=jnp.array([0, count], jnp.int32), kv_len=jnp.array([start + count], jnp.int32),
-        )  # fmt: skip
-        logits, cache = _forward(graphdef, params, batch, cache)
-        found.append(np.asarray(logits))
-        start += count
-    assert start == len(prompt), f"{cuts=} do not cover the prompt"
-    return np.concatenate(found)
+    """Load a checkpoint for one prompt; see PagedModel."""
+    return PagedModel(path, scan=scan).logits(prompt, cuts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Each program runs a few times on a tiny model: compiling is what takes the time.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def _forward(graphdef: Any, params: Params, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
     model = merge_model(graphdef, params)
     hidden, cache = model(batch, cache)

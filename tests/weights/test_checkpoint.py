@@ -52,7 +52,8 @@ def test_missing_config_is_refused_naming_the_directory(tmp_path: pathlib.Path) 
     ("files", "hint"),
     [
         ((), "neither model.safetensors.index.json nor a .safetensors file nor an Orbax checkpoint"),
-        (("pytorch_model.bin",), "pytorch_model.bin is a pickle, which is not read: convert it"),
+        (("training_args.bin",), "nor a .bin file"),
+        (("consolidated.00.pth",), "consolidated.00.pth is not in Hugging Face's layout: convert it"),
         (("m-Q4_0.gguf", "m-Q8_0.gguf"), "m-Q4_0.gguf"),
     ],
 )

@@ -104,6 +104,18 @@ def test_hub_is_asked_when_the_cached_snapshot_lacks_a_shard(tmp_path: pathlib.P
     assert resolve("org/model", tmp_path, remotes, revision="v2") == whole
 
 
+def test_snapshot_of_pytorch_shards_is_complete_with_all_of_them(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    names = [f"pytorch_model-{i}.bin" for i in range(2)]
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {f"t{name}": name for name in names}}))
+    remotes = dataclasses.replace(OFFLINE, cached=lambda model, revision: tmp_path)
+    (tmp_path / names[0]).touch()
+    with pytest.raises(ConfigError, match="no route to the hub"):
+        resolve("org/model", tmp_path, remotes)
+    (tmp_path / names[1]).touch()
+    assert resolve("org/model", tmp_path, remotes) == tmp_path
+
+
 def test_tokenizer_needs_no_weights(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.json").touch()
     remotes = dataclasses.replace(OFFLINE, cached=lambda model, revision: tmp_path)
