@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxserve.llm import LLM as LLM
     from jaxserve.request import SamplingParams as SamplingParams
+    from jaxserve.request import StructuredOutputs as StructuredOutputs
 
-__all__ = ["LLM", "SamplingParams"]
-_HOMES = {"LLM": "jaxserve.llm", "SamplingParams": "jaxserve.request"}
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs"]
+_HOMES = {"LLM": "jaxserve.llm", "SamplingParams": "jaxserve.request", "StructuredOutputs": "jaxserve.request"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from jaxserve.config import DEFAULT_MODEL, make_config
 from jaxserve.engine.admit import Admission
 from jaxserve.engine.load import load_engine
-from jaxserve.errors import QueueFullError
+from jaxserve.errors import QueueFullError, UserError
 from jaxserve.metrics import Metrics
 from jaxserve.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs, merge_outputs
 
@@ -53,12 +54,14 @@ class LLM:
 
     Args:
       model: hub id, directory of safetensors, .gguf file or Orbax directory.
-      options: fields of the configuration by name, such as max_len=2048, dtype="bfloat16", max_rows=32.
+      options: fields of the configuration by name, such as max_len=2048, dtype="bfloat16", max_rows=32; max_mixed_tokens is unlimited
+        unless given.
     Raises: ConfigError saying what does not fit.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
-        config = make_config({"model": model, **options})
+        # Nobody waits for single tokens here, so prompts need not be cut to let answers go on.
+        config = make_config({"model": model, "max_mixed_tokens": sys.maxsize, **options})
         self.metrics = Metrics(config.served_names[0])
         self._engine, self._served = load_engine(config, self.metrics, lambda _: None)
         self._admission = Admission(self._served, seed=config.model.seed)
@@ -113,8 +116,11 @@ class LLM:
     ) -> list[RequestResult]:
         requests: list[list[Request]] = []
         for ids, each in zip(prompts, params, strict=True):
+            constraint = None if each.structured_outputs is None else self._served.grammars.compile(each.structured_outputs)
             seeds = [each.seed if each.seed is None else each.seed + i for i in range(each.n)]
-            requests.append([self._admission.make_request(ids, dataclasses.replace(each, n=1, seed=seed)) for seed in seeds])
+            requests.append(
+                [self._admission.make_request(ids, dataclasses.replace(each, n=1, seed=seed), constraint=constraint) for seed in seeds]
+            )
         answers = self._drive([request for group in requests for request in group], use_tqdm=use_tqdm)
         return [
             _result(text, ids, [answers[request.id] for request in group])
@@ -136,9 +142,11 @@ class LLM:
             for request in requests:
                 self._engine.abort(request.id)
         answers = {request_id: merge_outputs(outputs) for request_id, outputs in parts.items()}
-        failed = next((answer.error for answer in answers.values() if answer.finish_reason == "error"), None)
+        failed = next((answer for answer in answers.values() if answer.finish_reason == "error"), None)
+        if failed is not None and failed.fault is not None:
+            raise UserError(failed.fault, f"{failed.fault}: {failed.error}")
         if failed is not None:
-            raise RuntimeError(failed)
+            raise RuntimeError(failed.error)
         return answers
 
     def _admit(self, waiting: list[Request]) -> None:

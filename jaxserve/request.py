@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from jaxserve.errors import UserError
 
@@ -20,9 +20,89 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_N = 16
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Status = Literal["waiting", "running", "preempted", "finished"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """What an answer must look like: exactly one of the first six fields; names and meanings are vLLM's.
+
+    Args:
+      json: a JSON schema, as text or parsed.
+      regex: the whole answer matches it, in Rust's syntax.
+      choice: the answer is one of these strings.
+      grammar: in Lark's syntax, or in llama.cpp's (GBNF).
+      json_object: any JSON object.
+      structural_tag: free text with parts that have a form, as text or parsed: {"type": "structural_tag", "format": {...}} or
+        {"structures": [{"begin", "schema", "end"}], "triggers": [...]}.
+      disable_any_whitespace: no white space between the tokens of JSON.
+      disable_additional_properties: objects of the schema that do not say so allow no further properties.
+      whitespace_pattern: regex of the white space between the tokens of JSON.
+      source: the field of the request that asked for it, for messages.
+    Raises: UserError if none or several are given, or one of the wrong type.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    source: str = "structured_outputs"
+
+    def __post_init__(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None and (name != "json_object" or self.json_object)]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given" if given else "none is given"
+            raise UserError(self.source, f"{self.source} takes exactly one of {', '.join(CONSTRAINTS)}; {what}")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UserError(self.source, f"{self.source}.{name} must be a string, not {type(getattr(self, name)).__name__}")
+        choice: Any = self.choice  # what comes from outside may be anything
+        if choice is not None:
+            if isinstance(choice, str) or not choice or not all(isinstance(item, str) for item in choice):
+                raise UserError(self.source, f"{self.source}.choice must be a list of at least one string")
+            object.__setattr__(self, "choice", tuple(choice))
+        document: tuple[Any, ...] = (str, Mapping, type(None))
+        for name, kinds in (("json", (*document, bool)), ("structural_tag", document)):
+            if not isinstance(getattr(self, name), kinds):
+                raise UserError(self.source, f"{self.source}.{name} must be an object, not {type(getattr(self, name)).__name__}")
+
+
+class Matcher(Protocol):
+    """Follows one answer through a constraint: fill, then consume the token that was sampled, and so on."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+    def consume(self, token: int) -> None:
+        """Go on to a token that the last mask allowed."""
+        ...
+
+    def fill(self, forbidden: Sequence[int] = ()) -> Any:
+        """The tokens that may come next, i32[ceil(V / 32)], bit i % 32 of word i // 32 for token i.
+
+        Args:
+          forbidden: token ids left out unless nothing else remains.
+        Raises: ValueError if the constraint is too complex to go on.
+        """
+        ...
+
+
+class Constraint(Protocol):
+    """A compiled `StructuredOutputs`."""
+
+    def begin(self) -> Matcher:
+        """A matcher at the beginning of an answer."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +128,8 @@ class SamplingParams:
       logprobs: top log-probabilities to return per sampled token (the sampled one always comes too).
       prompt_logprobs: the same for each prompt token.
       skip_special_tokens: leave special tokens out of the text.
+      shown_special_ids: special tokens that stay in the text all the same, as whoever reads it looks for them.
+      structured_outputs: what the answer must look like; when it is complete, the answer ends whatever min_tokens and ignore_eos say.
     Raises: UserError naming the field, on a value out of range.
     """
 
@@ -70,6 +152,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_ids: frozenset[int] = frozenset()
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -157,6 +241,8 @@ class Request:
       pages: ids of the pages that hold the keys and values, in order.
       slot: index of the row of per-request sampling state on the device while running, else -1.
       num_cached: prompt tokens that the prefix cache held at the first admission.
+      constraint: of params.structured_outputs, compiled. The next token of such a request is not scheduled before the last one is known.
+      awaits_mask: nor before the tokens that may come next are; written by the engine.
     """
 
     id: str
@@ -177,6 +263,8 @@ class Request:
     status: Status = "waiting"
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    constraint: Constraint | None = None
+    awaits_mask: bool = False
 
     @property
     def num_known(self) -> int:
@@ -220,6 +308,7 @@ class RequestOutput:
       stop_reason: the stop string or token id that ended it; None for end-of-sequence and for length.
       num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
       error: message for the client when finish_reason is "error".
+      fault: the field of the request that caused the error; None if the server did.
     """
 
     id: str
@@ -233,6 +322,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     error: str | None = None
+    fault: str | None = None
 
 
 def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:

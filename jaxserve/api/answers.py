@@ -100,21 +100,29 @@ def fit(field: str, num_prompt: int, options: Options, params: SamplingParams, m
     return params if limit == asked else dataclasses.replace(params, max_tokens=limit)
 
 
-def submit(engine: AsyncEngine, field: str, prompts: Sequence[list[int]], options: Options, params: SamplingParams) -> list[OutputStream]:
+async def submit(
+    engine: AsyncEngine, field: str, prompts: Sequence[list[int]], options: Options, params: SamplingParams
+) -> list[OutputStream]:
     """Start n requests per prompt, those of one prompt side by side; if one is refused, none runs.
+
+    What the answers must look like is compiled before, in threads of its own.
 
     Raises: UserError, QueueFullError, EngineUnavailableError.
     """
     served = engine.served
     params.check_token_ids(served.vocab_size)
     fitted = [fit(field, len(prompt), options, params, served.max_len) for prompt in prompts]
+    constraint = None if params.structured_outputs is None else await served.grammars.compile_async(params.structured_outputs)
     streams: list[OutputStream] = []
     try:
         for prompt_ids, limited in zip(prompts, fitted, strict=True):
             engine.metrics.request_n.observe(params.n)
             for number in range(params.n):
                 one = _single(limited, number)
-                streams.append(engine.submit(prompt_ids=prompt_ids, params=one, priority=options.priority, cache_salt=options.cache_salt))
+                stream = engine.submit(
+                    prompt_ids=prompt_ids, params=one, priority=options.priority, cache_salt=options.cache_salt, constraint=constraint
+                )
+                streams.append(stream)
     except EngineUnavailableError:
         _abort(streams)
         raise unavailable(engine) from None
@@ -181,6 +189,8 @@ class Running:
         Raises: GenerationError or EngineUnavailableError when it does not end well.
         """
         async for output in stream:
+            if output.finish_reason == "error" and output.fault is not None:
+                raise UserError(output.fault, f"{output.fault}: {output.error}")
             if output.finish_reason == "error":
                 raise GenerationError(output.error or "the engine failed on this request")
             if output.finish_reason == "abort":

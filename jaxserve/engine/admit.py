@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxserve.engine.load import ServedModel
 from jaxserve.errors import UserError
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Constraint, Request, SamplingParams
 
 
 class Admission:
@@ -25,13 +25,17 @@ class Admission:
         self._seeds = random.Random(seed)
 
     def make_request(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0, cache_salt: str | None = None
-    ) -> Request:
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0, cache_salt: str | None = None,
+        constraint: Constraint | None = None,
+    ) -> Request:  # fmt: skip
         """A request with max_tokens settled.
 
+        Args:
+          constraint: params.structured_outputs, compiled.
         Raises: UserError naming the field; code context_length_exceeded if prompt and max_tokens exceed the context.
         """
         model = self._model
+        assert (constraint is None) == (params.structured_outputs is None), f"{constraint=} {params.structured_outputs=}"
         params.check_token_ids(model.vocab_size)
         if not prompt_ids:
             raise UserError("prompt", "the prompt is empty; it must have at least one token")
@@ -43,7 +47,7 @@ class Admission:
         seed = self._seeds.getrandbits(32) if params.seed is None else (params.seed ^ (params.seed >> 32)) & 0xFFFFFFFF
         return Request(
             id=uuid.uuid4().hex, prompt_ids=list(prompt_ids), params=dataclasses.replace(params, max_tokens=max_tokens),
-            priority=priority, arrival_s=time.monotonic(), seed=seed, cache_salt=cache_salt, stop_ids=stops,
+            priority=priority, arrival_s=time.monotonic(), seed=seed, cache_salt=cache_salt, stop_ids=stops, constraint=constraint,
         )  # fmt: skip
 
     def _max_tokens(self, prompt_len: int, params: SamplingParams) -> int:

@@ -22,7 +22,7 @@ from jaxserve.engine.engine import Engine, FatalEngineError
 from jaxserve.engine.load import ServedModel, load_engine
 from jaxserve.errors import ConfigError, EngineUnavailableError, QueueFullError, UserError
 from jaxserve.metrics import Metrics
-from jaxserve.request import Request, RequestOutput, SamplingParams, merge_outputs
+from jaxserve.request import Constraint, Request, RequestOutput, SamplingParams, merge_outputs
 
 log = logging.getLogger(__name__)
 
@@ -137,15 +137,18 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(
-        self, *, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None
-    ) -> OutputStream:
+        self, *, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None,
+        constraint: Constraint | None = None,
+    ) -> OutputStream:  # fmt: skip
         """Queue a request; to be called on the event loop. params.n is the front end's business.
 
+        Args:
+          constraint: params.structured_outputs as served.grammars compiles it.
         Raises: UserError, QueueFullError, EngineUnavailableError; then nothing has been queued.
         """
         if self._state.phase != "ready" or self._admission is None:
             raise EngineUnavailableError(f"no new requests: {self._state.detail or self._state.phase}")
-        request = self._admission.make_request(prompt_ids, params, priority=priority, cache_salt=cache_salt)
+        request = self._admission.make_request(prompt_ids, params, priority=priority, cache_salt=cache_salt, constraint=constraint)
         self._check_queue(len(request.prompt_ids))
         stream = OutputStream(request.id, self._abort)
         self._streams[request.id] = stream

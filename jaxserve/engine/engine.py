@@ -1,7 +1,7 @@
 """The engine loop, one step in flight.
 
 1. schedule: which tokens of which requests come next.
-2. dispatch: send them to the device, which is still busy with the step before.
+2. dispatch: send them to the device, which is still busy with the step before, and with them what constrained requests may sample.
 3. collect the step before: its tokens, its text, who is finished.
 """
 
@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from jaxserve.engine.masks import Masks
 from jaxserve.metrics import Metrics
 from jaxserve.request import Request, RequestOutput, TokenLogprobs
 from jaxserve.runner.runner import Pending, Runner, StepResult
@@ -51,6 +52,7 @@ class Engine:
     """Continuous batching over one runner; not thread-safe.
 
     Args:
+      eos_ids: end-of-sequence tokens.
       overlap: dispatch a step before collecting the one before it.
       clock: monotonic seconds.
     """
@@ -62,11 +64,14 @@ class Engine:
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
+        eos_ids: frozenset[int],
         overlap: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner, self._scheduler, self._tokenizer, self._metrics = runner, scheduler, tokenizer, metrics
         self._overlap, self._clock = overlap, clock
+        self._eos_ids = eos_ids
+        self._masks = Masks(eos_ids)
         self._live: dict[str, _Live] = {}
         self._pending: Pending | None = None
         self._failures = 0
@@ -99,6 +104,7 @@ class Engine:
         self._live[request.id] = _Live(
             request, Detokenizer(self._tokenizer, request.prompt_ids, params), None if params.prompt_logprobs is None else [None]
         )
+        self._masks.add(request)
         self._metrics.request_prompt.observe(len(request.prompt_ids))
         self._metrics.request_max_tokens.observe(params.max_tokens or 0)
 
@@ -107,6 +113,7 @@ class Engine:
         live = self._live.pop(request_id, None)
         if live is not None:
             self._scheduler.finish(live.request, "abort")
+            self._masks.drop(request_id)
             self._metrics.finished("abort")
             self._update_gauges()
 
@@ -115,15 +122,17 @@ class Engine:
 
         Raises: FatalEngineError, with which every request has ended.
         """
-        outputs: list[RequestOutput] = []
         before = self._pending
         self._pending = None
+        outputs = self._settle_masks(idle=False)
         schedule = self._scheduler.schedule()
         if schedule.rows:
             try:
                 self._pending = self._dispatch(schedule)
             except Exception as error:
                 outputs += self._fail(schedule, error)
+        elif before is None:
+            outputs += self._settle_masks(idle=True)
         if before is not None:
             outputs += self._collect(before)
         if not self._overlap and self._pending is not None:
@@ -138,6 +147,14 @@ class Engine:
         self._pending = None
         return outputs
 
+    def _settle_masks(self, *, idle: bool) -> list[RequestOutput]:
+        """Let constrained requests go on; end those whose constraint has become too complex."""
+        outputs: list[RequestOutput] = []
+        for request, problem in self._masks.settle(idle=idle):
+            spec = request.params.structured_outputs
+            outputs.append(self._error(self._live[request.id], problem, fault=None if spec is None else spec.source))
+        return outputs
+
     def _dispatch(self, schedule: Schedule) -> Pending:
         now = self._clock()
         for row in schedule.rows:
@@ -148,6 +165,9 @@ class Engine:
         if self._device_idle_since_s is not None:
             self._metrics.host_gap_s.observe(now - self._device_idle_since_s)
             self._device_idle_since_s = None
+        slots, masks = self._masks.of(schedule.rows)
+        if slots:
+            self._runner.set_masks(slots, masks)
         pending = self._runner.dispatch(schedule)
         self._metrics.step_tokens.observe(schedule.num_tokens)
         self._metrics.step_tokens_real.inc(schedule.num_tokens)
@@ -173,6 +193,7 @@ class Engine:
             live = self._live[row.request.id]
             self._time_tokens(live, now, intervals)
             outputs.append(self._advance(live, ids, logprobs.get(row.request.id), now))
+        self._masks.advance(row.request for row, _ in advanced)
         self._metrics.generation_tokens.inc(sum(len(ids) for _, ids in advanced))
         for interval, count in intervals.items():
             self._metrics.inter_token_s.observe(interval, count)
@@ -199,6 +220,9 @@ class Engine:
     def _advance(self, live: _Live, ids: tuple[int, ...], logprobs: TokenLogprobs | None, now: float) -> RequestOutput:
         request = live.request
         stopped_by_token = request.finish_reason == "stop"
+        if request.constraint is not None and not stopped_by_token and self._masks.consume(request, ids):
+            self._scheduler.finish(request, "stop")
+            stopped_by_token = ids[-1] in self._eos_ids
         shown = ids[:-1] if stopped_by_token and not request.params.include_stop_str_in_output else ids
         piece = live.detokenizer.push(shown, final=request.finish_reason is not None)
         if piece.stop is not None and not stopped_by_token:
@@ -239,6 +263,7 @@ class Engine:
     def _forget(self, live: _Live, now: float) -> None:
         request = live.request
         del self._live[request.id]
+        self._masks.drop(request.id)
         count = len(request.output_ids)
         self._metrics.finished(request.finish_reason or "abort")
         self._metrics.e2e_s.observe(now - request.arrival_s)
@@ -249,12 +274,13 @@ class Engine:
             if count > 1:
                 self._metrics.tpot_s.observe((now - live.first_token_s) / (count - 1))
 
-    def _error(self, live: _Live, message: str) -> RequestOutput:
+    def _error(self, live: _Live, message: str, *, fault: str | None = None) -> RequestOutput:
         self._live.pop(live.request.id, None)
+        self._masks.drop(live.request.id)
         self._scheduler.finish(live.request, "error")
         self._metrics.finished("error")
         return RequestOutput(
-            id=live.request.id, finish_reason="error", error=message, num_prompt_tokens=len(live.request.prompt_ids),
+            id=live.request.id, finish_reason="error", error=message, fault=fault, num_prompt_tokens=len(live.request.prompt_ids),
             num_cached_tokens=max(live.request.num_cached, 0), num_output_tokens=len(live.request.output_ids),
         )  # fmt: skip
 

@@ -17,10 +17,13 @@ from jaxserve.errors import ConfigError
 from jaxserve.metrics import Metrics
 from jaxserve.models.families import find_family
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.spec import ModelSpec, limit_length
 from jaxserve.runner.compile import count_compiles, use_compile_cache
-from jaxserve.runner.runner import Limits, Runner
+from jaxserve.runner.programs import Limits
+from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.grammar import Grammars
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.source import resolve_model
@@ -36,6 +39,7 @@ class ServedModel:
       max_len: tokens of prompt and answer together.
       vocab_size: width of the logits; every token id of a request lies below it.
       eos_ids: tokens that end an answer.
+      grammars: compiles structured outputs.
     """
 
     tokenizer: Tokenizer
@@ -43,6 +47,7 @@ class ServedModel:
     max_len: int
     vocab_size: int
     eos_ids: frozenset[int]
+    grammars: Grammars
 
 
 def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> tuple[Engine, ServedModel]:
@@ -57,10 +62,8 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path)
     hf_config = read_config(path)
     family = find_family(hf_config)
-    spec = family.spec(hf_config)
+    spec = _limited(family.spec(hf_config), config)
     _check_config(hf_config, ignore=config.model.ignore_config_keys)
-    if config.model.max_len is not None and config.model.max_len > spec.max_len:
-        raise ConfigError(f"--max-len={config.model.max_len} exceeds the {spec.max_len} tokens that {config.model.model} was trained for")
     use_compile_cache(config.cache_path / "programs")
     count_compiles(metrics)
     tokenizer = _load_tokenizer(config, path)
@@ -73,7 +76,7 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
         weights_future.result()
     log.info("ready in seconds=%.1f\n%s", time.monotonic() - started_s, runner.memory.table())
     scheduler = _make_scheduler(config, runner.limits, runner.memory.num_pages)
-    engine = Engine(runner, scheduler, tokenizer, metrics, overlap=config.schedule.overlap)
+    engine = Engine(runner, scheduler, tokenizer, metrics, eos_ids=eos_ids, overlap=config.schedule.overlap)
     template = config.model.chat_template
     source = _read_template(template) if template else tokenizer.chat_template
     max_len = min(runner.limits.max_len, (runner.memory.num_pages - 1) * runner.limits.page_size)
@@ -84,9 +87,18 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
             runner.limits.max_len,
         )
     served = ServedModel(
-        tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids
-    )
+        tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids,
+        grammars=Grammars(tokenizer, vocab_size=spec.vocab_size, eos_ids=eos_ids),
+    )  # fmt: skip
     return engine, served
+
+
+def _limited(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """The model for texts of --max-len tokens at most, on which some rotary positions depend."""
+    max_len = config.model.max_len
+    if max_len is not None and max_len > spec.max_len:
+        raise ConfigError(f"--max-len={max_len} exceeds the {spec.max_len} tokens that {config.model.model} was trained for")
+    return spec if max_len is None else limit_length(spec, max_len)
 
 
 def _check_config(config: HfConfig, *, ignore: bool) -> None:

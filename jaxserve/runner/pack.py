@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve.models.batch import Batch
 from jaxserve.request import Request
-from jaxserve.runner.sampling import BIAS, LOGPROBS, MIN_TOKENS, PENALTIES, SamplingRows
+from jaxserve.runner.sampling import BIAS, LOGPROBS, MASK, MIN_TOKENS, PENALTIES, SamplingRows
 from jaxserve.runner.shapes import StepShape
 from jaxserve.scheduler.schedule import Row, Schedule
 
@@ -28,12 +28,14 @@ class Layout:
     Args:
       shape: T and S.
       num_pages: P, entries of a row of the page table.
-      sample_rows: rows whose logits are computed and sampled at a time.
+      sample_rows: rows that are sampled at a time.
+      head_once: whether the logits of all rows are computed at once, before; else of sample_rows at a time.
     """
 
     shape: StepShape
     num_pages: int
     sample_rows: int
+    head_once: bool
 
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Field -> (offset in words, shape)."""
@@ -110,6 +112,7 @@ class Packer:
         self._pages_written[slot] = 0
         params = request.params
         wants = PENALTIES * params.has_penalties + BIAS * bool(params.logit_bias) + LOGPROBS * (params.logprobs is not None)
+        wants += MASK * (request.constraint is not None)
         self._ints[slot] = np.array([request.seed & 0xFFFFFFFF, wants, params.top_k], np.uint32).view(np.int32)
         self._floats[slot] = [getattr(params, name) for name in FLOATS]
         return True
@@ -141,7 +144,12 @@ class Packer:
         view["floats"][:S] = self._floats[slots].view(np.int32)
         for i, row in enumerate(rows):
             request = row.request
-            if request.params.min_tokens and row.start + row.count - len(request.prompt_ids) < request.params.min_tokens:
+            # Masks know of min_tokens, and that a complete answer outranks it.
+            if (
+                request.params.min_tokens
+                and request.constraint is None
+                and row.start + row.count - len(request.prompt_ids) < request.params.min_tokens
+            ):
                 view["wants"][i] |= MIN_TOKENS
         return words
 

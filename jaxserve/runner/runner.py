@@ -6,49 +6,30 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.models.decoder import Decoder
-from jaxserve.models.kv_cache import KVCache, cache_shapes, page_bytes
+from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.names import Family
-from jaxserve.models.params import Params, split_model
-from jaxserve.models.spec import ModelSpec, fold_layers
+from jaxserve.models.params import Params
+from jaxserve.models.spec import ModelSpec
 from jaxserve.request import MAX_LOGIT_BIAS, Request, TokenLogprobs
 from jaxserve.runner.compile import compile_all
 from jaxserve.runner.memory import MemoryPlan, num_bytes, plan_memory
-from jaxserve.runner.pack import Layout, Packer
-from jaxserve.runner.sampling import MAX_BANNED, SEEN_CHUNK, Logprobs, SlotState, seed_slot, slot_state_shapes
-from jaxserve.runner.shapes import StepShape, make_shapes, pick_shape
-from jaxserve.runner.step import StepOutputs, make_step
+from jaxserve.runner.pack import Packer
+from jaxserve.runner.programs import Programs, this_machine
+from jaxserve.runner.sampling import MASK_CHUNK, MAX_BANNED, SEEN_CHUNK, Logprobs, SlotState
+from jaxserve.runner.shapes import StepShape, pick_shape
+from jaxserve.runner.step import StepOutputs
 from jaxserve.scheduler.schedule import Schedule
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.load import load_params
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Sizes of an engine, with every default settled.
-
-    Args:
-      max_rows: S at most, and the number of slots.
-      max_step_tokens, max_mixed_tokens: T at most; at most while any row decodes.
-      max_len: tokens of a request at most.
-      page_size: tokens of a page.
-    """
-
-    max_rows: int
-    max_step_tokens: int
-    max_mixed_tokens: int
-    max_len: int
-    page_size: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +57,6 @@ class StepResult:
     prompt_logprobs: list[list[TokenLogprobs] | None]
 
 
-def settle_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
-    """Fill in what the configuration leaves open, by platform and model."""
-    on_cpu = jax.default_backend() == "cpu"
-    max_rows = config.schedule.max_rows or (64 if on_cpu else 256)
-    max_step_tokens = config.schedule.max_step_tokens or (512 if on_cpu else 2048)
-    return Limits(
-        max_rows=max_rows, max_step_tokens=max(max_step_tokens, max_rows),
-        max_mixed_tokens=config.schedule.max_mixed_tokens or max(max_step_tokens // 4, 1),
-        max_len=config.model.max_len or spec.max_len, page_size=config.cache.page_size,
-    )  # fmt: skip
-
-
 class Runner:
     """One model on one device.
 
@@ -97,77 +66,53 @@ class Runner:
     """
 
     def __init__(self, spec: ModelSpec, family: Family, config: EngineConfig, *, eos_ids: frozenset[int]) -> None:
-        on_cpu = jax.default_backend() == "cpu"
-        default = "float32" if on_cpu else "bfloat16"
-        dtype = jnp.dtype(default if config.model.dtype == "auto" else config.model.dtype)
-        cache_dtype = dtype if config.cache.cache_dtype == "auto" else jnp.dtype(config.cache.cache_dtype)
-        loop = config.compile.layer_loop
-        self.limits = settle_limits(config, spec)
         self._config, self._spec, self._family, self._eos_ids = config, spec, family, eos_ids
-        self._groups = fold_layers(spec.layers, scan=loop == "scan" or (loop == "auto" and jax.default_backend() == "tpu"))
-        self._graphdef, self._param_shapes = split_model(Decoder(spec, self._groups, dtype=dtype))
-        self._state_shapes = slot_state_shapes(self.limits.max_rows, spec.vocab_size)
-        self.shapes = make_shapes(config, max_rows=self.limits.max_rows, max_step_tokens=self.limits.max_step_tokens)
-        pages_a_row = -(-self.limits.max_len // self.limits.page_size)
-        self.memory = self._plan_memory(cache_dtype, pages_a_row)
-        self._cache_shapes = cache_shapes(self._groups, num_pages=self.memory.num_pages, page_size=self.limits.page_size, dtype=cache_dtype)
-        # A CPU pays for the head of every padding row; elsewhere reading its weights twice would cost more.
-        sample_rows = 16 if on_cpu else self.limits.max_rows
-        self._layouts = {shape: Layout(shape, pages_a_row, shape.rows if shape.kind == "decode" else sample_rows) for shape in self.shapes}
-        self._packer = Packer(max_rows=self.limits.max_rows, num_pages=pages_a_row)
+        self._programs = Programs(spec, config, this_machine())
+        self.limits, self.shapes = self._programs.limits, self._programs.shapes
+        self.memory = self._plan_memory()
+        self._packer = Packer(max_rows=self.limits.max_rows, num_pages=self._programs.pages_a_row)
         self._executables: dict[StepShape, Any] = {}
         self._seed_slot: Any = None
+        self._set_masks: Any = None
         self._params: Params = {}
         self._cache: KVCache = ()
         self._state: SlotState
 
-    def _plan_memory(self, cache_dtype: jnp.dtype, pages_a_row: int) -> MemoryPlan:
-        limits, spec = self.limits, self._spec
+    def _plan_memory(self) -> MemoryPlan:
+        limits, spec, programs = self.limits, self._spec, self._programs
         widest = max(layer.mlp.width for layer in spec.layers)
         temporaries = 4 * (3 * limits.max_rows * spec.vocab_size + limits.max_step_tokens * (8 * spec.width + 3 * widest))
         return plan_memory(
             self._config.cache,
-            weights=num_bytes(self._param_shapes.values()),
-            state=num_bytes(jax.tree.leaves(self._state_shapes)),
-            temporaries=temporaries,
-            page_bytes=page_bytes(self._groups, page_size=limits.page_size, dtype=cache_dtype),
-            page_size=limits.page_size, max_len=limits.max_len, max_pages=1 + limits.max_rows * pages_a_row,
+            weights=num_bytes(programs.param_shapes.values()),
+            state=num_bytes(jax.tree.leaves(programs.state_shapes)),
+            temporaries=temporaries, page_bytes=programs.page_bytes(),
+            page_size=limits.page_size, max_len=limits.max_len, max_pages=1 + limits.max_rows * programs.pages_a_row,
         )  # fmt: skip
 
     def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
         """Read the parameters; see load_params."""
-        self._params = load_params(checkpoint, self._param_shapes, self._groups, self._family, progress=progress)
+        self._params = load_params(checkpoint, self._programs.param_shapes, self._programs.groups, self._family, progress=progress)
 
     def allocate(self) -> None:
         """Make the cache and the sampling state, zeroed."""
-        self._cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._cache_shapes)
-        self._state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._state_shapes)
+        self._cache = self._programs.lower_cache(self.memory.num_pages).compile()()
+        self._state = self._programs.make_state()
         jax.block_until_ready((self._cache, self._state))
 
     def compile(self, progress: Callable[[int, int, str], None]) -> None:
         """Compile every shape; afterwards nothing compiles any more."""
         programs: dict[str, Callable[[], Any]] = {shape.name: functools.partial(self._compile_step, shape) for shape in self.shapes}
-        programs["seed_slot"] = self._compile_seed_slot
+        programs["seed_slot"] = lambda: self._programs.lower_seed_slot().compile()
+        programs["set_masks"] = lambda: self._programs.lower_set_masks().compile()
         compiled = compile_all(programs, threads=self._config.compile.compile_threads, progress=progress)
-        self._seed_slot = compiled["seed_slot"]
+        self._seed_slot, self._set_masks = compiled["seed_slot"], compiled["set_masks"]
         self._executables = {shape: compiled[shape.name] for shape in self.shapes}
         temporaries = max(executable.memory_analysis().temp_size_in_bytes for executable in compiled.values())
         self.memory = dataclasses.replace(self.memory, temporaries=temporaries)
 
     def _compile_step(self, shape: StepShape) -> Any:
-        words = jax.ShapeDtypeStruct((self._layouts[shape].num_words,), jnp.int32)
-        step = jax.jit(make_step(self._graphdef, self._layouts[shape]), donate_argnums=(1, 2))
-        return step.lower(self._param_shapes, self._cache_shapes, self._state_shapes, words).compile()
-
-    def _compile_seed_slot(self) -> Any:
-        scalar, ids = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((SEEN_CHUNK,), jnp.int32)
-        flag = jax.ShapeDtypeStruct((), jnp.bool_)
-        row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._state_shapes)
-        return (
-            jax.jit(seed_slot, donate_argnums=0)
-            .lower(self._state_shapes, scalar, flag, ids, ids, row.bias_ids, row.bias_values, row.banned)
-            .compile()
-        )
+        return self._programs.lower_step(shape, self.memory.num_pages).compile()
 
     @property
     def usable(self) -> bool:
@@ -183,11 +128,21 @@ class Runner:
         for row in schedule.rows:
             if self._packer.assign(row.request):
                 self._seed(row.request)
-        words = self._packer.pack(schedule, self._layouts[shape])
+        words = self._packer.pack(schedule, self._programs.layouts[shape])
         started_s = time.monotonic()
         self._cache, self._state, outputs = self._executables[shape](self._params, self._cache, self._state, words)
         outputs.tokens.copy_to_host_async()
         return Pending(schedule=schedule, shape=shape, outputs=outputs, started_s=started_s)
+
+    def set_masks(self, slots: Sequence[int], masks: Sequence[np.ndarray]) -> None:
+        """Say which tokens the slots of constrained requests may sample in the step dispatched next, as Matcher.fill gives them."""
+        for start in range(0, len(slots), MASK_CHUNK):
+            some = slots[start : start + MASK_CHUNK]
+            padded = np.full(MASK_CHUNK, self.limits.max_rows, np.int32)
+            padded[: len(some)] = some
+            words = np.zeros((MASK_CHUNK, len(masks[0])), np.int32)
+            words[: len(some)] = masks[start : start + MASK_CHUNK]
+            self._state = self._set_masks(self._state, padded, words)
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for a step and read what it gave."""

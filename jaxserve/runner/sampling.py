@@ -1,7 +1,7 @@
 """Sampling on the device: every feature in one fixed pytree with neutral values, none of them recompiles anything.
 
 1. Logits of the rows that sample, float32.
-2. Bans (min_tokens), logit_bias and penalties, for batches that have any.
+2. Bans (min_tokens), logit_bias, penalties and masks (structured outputs), for batches that have any.
 3. Temperature, min_p, top_k, top_p, for batches that have any; then one uniform number a row picks from the distribution.
 4. Log-probabilities of the raw logits, for batches that want any.
 
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
-PENALTIES, BIAS, MIN_TOKENS, LOGPROBS = 1, 2, 4, 8
+PENALTIES, BIAS, MIN_TOKENS, LOGPROBS, MASK = 1, 2, 4, 8, 16
 MAX_BANNED = MAX_STOP_TOKEN_IDS + 16  # stop token ids and end-of-sequence ids
 INVALID_TOKEN = -1  # sampled from logits that are not finite
 SEEN_CHUNK = 1024  # token ids that one call of seed_slot takes
+MASK_CHUNK = 8  # masks that one call of set_masks takes
 _ABOVE_ONE = 0x3F800001  # the bits of the float32 after 1
 _GREEDY_BELOW = 1e-5  # temperatures that vLLM takes for 0
 _BLOCKS = 256  # of the vocabulary, for the two-level search of the distribution
@@ -37,6 +38,7 @@ class SlotState:
       seen: i32[M, V], twice the count in the output, plus one if the prompt has it; kept for requests with penalties.
       bias_ids, bias_values: [M, MAX_LOGIT_BIAS] logit_bias, ids padded with V.
       banned: i32[M, MAX_BANNED], ids that min_tokens forbids, padded with V.
+      mask: i32[M, ceil(V / 32)], a bit per token that may be sampled next, of slots with structured outputs.
     """
 
     last_token: jax.Array
@@ -44,6 +46,7 @@ class SlotState:
     bias_ids: jax.Array
     bias_values: jax.Array
     banned: jax.Array
+    mask: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +86,7 @@ def slot_state_shapes(max_rows: int, vocab_size: int) -> SlotState:
 
     return SlotState(
         last_token=make(), seen=make(vocab_size), bias_ids=make(MAX_LOGIT_BIAS),
-        bias_values=make(MAX_LOGIT_BIAS, dtype=jnp.float32), banned=make(MAX_BANNED),
+        bias_values=make(MAX_LOGIT_BIAS, dtype=jnp.float32), banned=make(MAX_BANNED), mask=make(-(-vocab_size // 32)),
     )  # fmt: skip
 
 
@@ -116,6 +119,16 @@ def seed_slot(
     )
 
 
+def set_masks(state: SlotState, slots: jax.Array, masks: jax.Array) -> SlotState:
+    """Say which tokens some slots may sample in the next step.
+
+    Args:
+      slots: i32[MASK_CHUNK], padded with the number of slots.
+      masks: i32[MASK_CHUNK, ceil(V / 32)].
+    """
+    return dataclasses.replace(state, mask=state.mask.at[slots].set(masks, mode="drop"))
+
+
 def sample(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
     """Sample one token per row of f32[S, V].
 
@@ -125,7 +138,7 @@ def sample(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax
     live = rows.slot >= 0
     wants = jnp.where(live, rows.wants, 0)
     adjusted = jax.lax.cond(
-        jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS)), lambda: _adjust(logits, rows, wants, slot, state), lambda: logits
+        jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS | MASK)), lambda: _adjust(logits, rows, wants, slot, state), lambda: logits
     )
     greedy, finite = _argmax(adjusted)
     random = live & (rows.temperature >= _GREEDY_BELOW)
@@ -134,11 +147,11 @@ def sample(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax
     logprobs = jax.lax.cond(jnp.any(wants & LOGPROBS), lambda: token_logprobs(logits, tokens), lambda: _no_logprobs(tokens.shape[0]))
     target = jnp.where(live, rows.slot, state.last_token.shape[0])  # out of range: dropped
     counted = jnp.where(wants & PENALTIES, 2, 0)
-    state = dataclasses.replace(
-        state,
-        last_token=state.last_token.at[target].set(jnp.maximum(tokens, 0), mode="drop"),
-        seen=state.seen.at[target, jnp.maximum(tokens, 0)].add(counted, mode="drop"),
+    token = jnp.maximum(tokens, 0)
+    seen = jax.lax.cond(  # a TPU passes over all of it
+        jnp.any(counted > 0), lambda seen: seen.at[target, token].add(counted, mode="drop"), lambda seen: seen, state.seen
     )
+    state = dataclasses.replace(state, last_token=state.last_token.at[target].set(token, mode="drop"), seen=seen)
     return tokens, logprobs, state
 
 
@@ -165,7 +178,7 @@ def _no_logprobs(S: int) -> Logprobs:
 
 
 def _adjust(logits: jax.Array, rows: SamplingRows, wants: jax.Array, slot: jax.Array, state: SlotState) -> jax.Array:
-    """Bans, then bias, then penalties, in vLLM's order; rows that want none keep their logits."""
+    """Bans, then bias, then penalties, in vLLM's order, then masks; rows that want none keep their logits."""
     S, V = logits.shape
     index = jnp.arange(S)[:, None]
     logits = logits.at[index, jnp.where((wants & MIN_TOKENS)[:, None] > 0, state.banned[slot], V)].set(-jnp.inf, mode="drop")
@@ -180,7 +193,13 @@ def _adjust(logits: jax.Array, rows: SamplingRows, wants: jax.Array, slot: jax.A
         penalized = jnp.where(seen > 0, repeated, logits)
         return penalized - rows.frequency_penalty[:, None] * count - rows.presence_penalty[:, None] * (count > 0)
 
-    return jax.lax.cond(jnp.any(wants & PENALTIES), penalize, lambda: logits)
+    def mask() -> jax.Array:
+        words = jnp.where((wants & MASK)[:, None] > 0, state.mask[slot], -1)
+        allowed = (words[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
+        return jnp.where(allowed.reshape(S, -1)[:, :V] > 0, adjusted, -jnp.inf)
+
+    adjusted = jax.lax.cond(jnp.any(wants & PENALTIES), penalize, lambda: logits)
+    return jax.lax.cond(jnp.any(wants & MASK), mask, lambda: adjusted)
 
 
 def _argmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

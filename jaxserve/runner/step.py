@@ -47,10 +47,10 @@ def make_step(graphdef: ModelGraph, layout: Layout) -> Step:
     def step(params: Params, cache: KVCache, state: SlotState, packed: jax.Array) -> tuple[KVCache, SlotState, StepOutputs]:
         model = merge_model(graphdef, params)
         batch, rows, targets = unpack(packed, layout, state.last_token)
-        hidden, cache = model(batch, cache)
         last = jnp.clip(batch.query_start[1:] - 1, 0, layout.shape.tokens - 1)
-        rows_hidden = hidden if layout.shape.kind == "decode" else hidden[last]
-        tokens, logprobs, state = _sample_rows(model, rows_hidden, rows, state, layout.sample_rows)
+        hidden, cache = model(batch, cache, last if layout.shape.kind == "prefill" else None)
+        rows_hidden = hidden[last] if layout.shape.kind == "score" else hidden
+        tokens, logprobs, state = _sample_rows(model, rows_hidden, rows, state, layout)
         prompt = _score(model, hidden, targets) if layout.shape.kind == "score" else None
         return cache, state, StepOutputs(tokens=tokens, logprobs=logprobs, prompt=prompt)
 
@@ -59,24 +59,29 @@ def make_step(graphdef: ModelGraph, layout: Layout) -> Step:
 
 
 def _sample_rows(
-    model: Decoder, hidden: jax.Array, rows: SamplingRows, state: SlotState, width: int
+    model: Decoder, hidden: jax.Array, rows: SamplingRows, state: SlotState, layout: Layout
 ) -> tuple[jax.Array, Logprobs, SlotState]:
-    """Head and sampler over the last hidden states [S, D] of the rows, `width` rows at a time, up to the last row that samples."""
-    S = hidden.shape[0]
+    """Head and sampler over the last hidden states [S, D] of the rows, some rows at a time, up to the last row that samples."""
+    S, width = hidden.shape[0], layout.sample_rows
     if width >= S:
-        return _sample_block(model, hidden, rows, state)
+        return _sample_block(model.logits(hidden), rows, state)
     padded_rows = jax.tree.map(lambda leaf: jnp.pad(leaf, (0, -S % width)), rows)
     padded_rows = dataclasses.replace(padded_rows, slot=jnp.pad(rows.slot, (0, -S % width), constant_values=-1))
-    padded = jnp.pad(hidden, ((0, -S % width), (0, 0)))
+    source = model.logits(hidden) if layout.head_once else hidden
+    source = jnp.pad(source, ((0, -S % width), (0, 0)))
     num_used = jnp.max(jnp.where(rows.slot >= 0, jnp.arange(S) + 1, 0))
-    shapes = jax.eval_shape(lambda: _sample_block(model, padded, padded_rows, state))
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[:2])
+
+    def sample_at(start: jax.Array, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
+        here, its_rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width), (source, padded_rows))
+        return _sample_block(here if layout.head_once else model.logits(here), its_rows, state)
+
+    shapes = jax.eval_shape(sample_at, jnp.int32(0), state)
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype), shapes[:2])
 
     def body(block: jax.Array, carry: tuple[Any, SlotState]) -> tuple[Any, SlotState]:
         outputs, state = carry
         start = block * width
-        here, its_rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width), (padded, padded_rows))
-        tokens, logprobs, state = _sample_block(model, here, its_rows, state)
+        tokens, logprobs, state = sample_at(start, state)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return jax.tree.map(put, outputs, (tokens, logprobs)), state
 
@@ -84,8 +89,7 @@ def _sample_rows(
     return tokens[:S], jax.tree.map(lambda leaf: leaf[:S], logprobs), state
 
 
-def _sample_block(model: Decoder, hidden: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
-    logits = model.logits(hidden)
+def _sample_block(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
     with jax.named_scope("sample"):
         return sample(logits, rows, state)
 

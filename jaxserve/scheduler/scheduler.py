@@ -228,7 +228,7 @@ class Scheduler:
         for entry in self._decoding:  # preemption removes entries from the end, at or behind this one
             request = entry.request
             start = request.num_computed
-            if start >= entry.room and (self._is_sampled_out(entry) or not self._extend(entry, start + 1, plan)):
+            if start >= entry.room and (_is_held(request) or self._is_sampled_out(entry) or not self._extend(entry, start + 1, plan)):
                 continue
             rows.append(Row(request, start, 1, True))
             request.num_computed = start + 1
@@ -251,7 +251,8 @@ class Scheduler:
         request = entry.request
         start, end = request.num_computed, request.num_known
         count = min(end - start, budget - plan.num_tokens)
-        if not self._extend(entry, start + count, plan):
+        count -= request.awaits_mask and start + count == end  # all but the token whose logits the mask is for
+        if not count or not self._extend(entry, start + count, plan):
             return
         samples = start + count == end
         plan.rows.append(Row(request, start, count, samples))
@@ -338,6 +339,8 @@ class Scheduler:
                 return False
         request.pages += pool.allocate(missing)
         entry.room = min(len(request.pages) * self._page_size, len(request.prompt_ids) + entry.max_output - 1)
+        if request.constraint is not None:  # each of its steps is looked at: it may have to wait
+            entry.room = 0
         return True
 
     def _worst_running(self) -> Entry:
@@ -388,3 +391,8 @@ class Scheduler:
         elif num_output >= entry.max_output:
             self.finish(request, "length")
         return request.finish_reason is not None
+
+
+def _is_held(request: Request) -> bool:
+    """Whether what the next token may be is not known yet: that depends on the last one."""
+    return request.constraint is not None and (request.num_in_flight > 0 or request.awaits_mask)

@@ -16,7 +16,7 @@ from jaxserve.engine.engine import FatalEngineError
 from jaxserve.errors import ConfigError, UserError
 from tests.tiny import EOS, VOCAB, tiny_model
 
-SHAPES = {"max_rows": 4, "max_step_tokens": 32, "decode_rows": (4,), "prefill_tokens": (32,), "cache_bytes": 1 << 20}
+SHAPES = {"max_rows": 4, "max_step_tokens": 32, "decode_rows": (4,), "prefill_tokens": (32,), "cache_bytes": 1 << 20, "page_size": 16}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, SamplingParams, StructuredOutputs
 from tests.tiny import tiny_model
 
 SHAPES = {
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "forced preemption": {"num_pages": 14, "page_size": 8, "cache_bytes": None},
 }
 PREFIX = "the quick brown fox jumps over the lazy dog, "
-PROMPTS = [PREFIX + "a city", PREFIX + "a country", "日本語", "x", PREFIX * 3, "a capital of a country is", "text " * 9]
+PROMPTS = [PREFIX + "a city", PREFIX + "a country", "日本語", "x", PREFIX * 3, "a capital of a country is", "text " * 9, PREFIX + "words:"]
 
 
 def params() -> list[SamplingParams]:
@@ -44,6 +44,7 @@ def params() -> list[SamplingParams]:
         SamplingParams(temperature=0, logit_bias={7: 3.0, 300: -50.0}, min_tokens=10, **common),
         SamplingParams(temperature=1.0, seed=9, frequency_penalty=1.0, logprobs=2, **common),
         SamplingParams(temperature=0, prompt_logprobs=1, **common),
+        SamplingParams(temperature=1.0, seed=4, structured_outputs=StructuredOutputs(regex="[a-z ]*"), **common),
     ]
 
 

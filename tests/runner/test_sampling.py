@@ -17,6 +17,8 @@ from jaxserve.runner.sampling import (
     BIAS,
     INVALID_TOKEN,
     LOGPROBS,
+    MASK,
+    MASK_CHUNK,
     MAX_BANNED,
     MIN_TOKENS,
     PENALTIES,
@@ -26,6 +28,7 @@ from jaxserve.runner.sampling import (
     SlotState,
     sample,
     seed_slot,
+    set_masks,
     slot_state_shapes,
 )
 
@@ -228,3 +231,61 @@ def test_rows_that_do_not_sample_change_no_state() -> None:
     state = seeded(0, prompt=[1])
     _, _, after = run(jnp.asarray(logits_of(2)), rows_of({"slot": -1, "wants": PENALTIES}, {"slot": -1}), state)
     jax.tree.map(np.testing.assert_array_equal, state, after)
+
+
+def pack_bits(ids: Sequence[int]) -> np.ndarray:
+    bits = np.zeros(-(-V // 32) * 32, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def masked(slots: dict[int, Sequence[int]]) -> SlotState:
+    ids, words = np.full(MASK_CHUNK, M, np.int32), np.zeros((MASK_CHUNK, -(-V // 32)), np.int32)
+    for place, (slot, allowed) in enumerate(slots.items()):
+        ids[place], words[place] = slot, pack_bits(allowed)
+    return jax.jit(set_masks)(fresh_state(), ids, words)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masked_rows_sample_what_their_mask_allows_and_others_what_they_did(temperature: float) -> None:
+    rng = np.random.default_rng(5)
+    allowed = {slot: sorted(rng.choice(V, 7, replace=False).tolist()) for slot in (0, 2, 4)}
+    state = masked(allowed)
+    for seed in range(20):
+        logits = jnp.asarray(logits_of(M, seed))
+        rows = [{"temperature": temperature, "seed": seed, "wants": MASK if slot in allowed else 0} for slot in range(M)]
+        tokens, _, _ = run(logits, rows_of(*rows), state)
+        plain, _, _ = run(logits, rows_of(*[{**row, "wants": 0} for row in rows]), fresh_state())
+        for slot in range(M):
+            if slot not in allowed:
+                assert tokens[slot] == plain[slot]
+                continue
+            assert int(tokens[slot]) in allowed[slot]
+            if temperature == 0:
+                assert int(tokens[slot]) == max(allowed[slot], key=lambda token, slot=slot, logits=logits: float(logits[slot, token]))
+
+
+def test_mask_outranks_bias_and_reaches_the_last_token() -> None:
+    state = dataclasses.replace(seeded(1, bias={5: 100.0, V - 1: -100.0}), mask=masked({1: [V - 1]}).mask)
+    tokens, _, _ = run(jnp.asarray(logits_of(1)), rows_of({"slot": 1, "wants": MASK | BIAS}), state)
+    assert int(tokens[0]) == V - 1
+
+
+def test_logprobs_are_those_before_the_mask() -> None:
+    logits = logits_of(1)
+    _, found, _ = run(jnp.asarray(logits), rows_of({"wants": MASK | LOGPROBS}), masked({0: [7]}))
+    assert float(found.logprob[0]) == pytest.approx(float(jax.nn.log_softmax(logits[0])[7]), abs=1e-5)
+
+
+def test_draws_under_a_mask_follow_the_distribution_that_is_left() -> None:
+    num, allowed = 3000, [3, 50, 120, 299]
+    logits, state, one = jnp.asarray(logits_of(1)[0]), masked({0: allowed}), rows_of({"wants": MASK})
+
+    def draw(seed: jax.Array) -> jax.Array:
+        return sample(logits[None], dataclasses.replace(one, seed=seed[None]), state)[0][0]
+
+    counts = np.bincount(np.asarray(jax.jit(lambda: jax.lax.map(draw, jnp.arange(num, dtype=jnp.uint32)))()), minlength=V)
+    weights = np.exp(np.asarray(logits, np.float64)[allowed])
+    expected = weights / weights.sum()
+    assert counts.sum() == counts[allowed].sum() == num
+    assert (np.abs(counts[allowed] - num * expected) < 5 * np.sqrt(num * expected * (1 - expected)) + 1).all()

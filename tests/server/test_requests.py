@@ -88,12 +88,19 @@ REFUSED = {
     "r3 logprob_token_ids": completion(logprob_token_ids=[VOCAB]),
     "r3 detokenize": ("/detokenize", {"tokens": [5, VOCAB]}),
     "r3 detokenize negative": ("/detokenize", {"tokens": [-1]}),
-    "r5 schema": chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": nested(20)}}),
+    "r5 schema": chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": nested(20)}}}),
+    "r5 large schema": chat(structured_outputs={"json": {"enum": [f"value {i}" for i in range(20_000)]}}),
+    "r5 product": chat(
+        structured_outputs={"json": {"allOf": [{"anyOf": [{"properties": {f"p{i}": {"const": j}}} for j in "ab"]} for i in range(20)]}}
+    ),
+    "r5 choices": chat(structured_outputs={"choice": ["a"] * 10_001}),
+    "r5 both": chat(structured_outputs={"regex": "a"}, response_format={"type": "json_object"}),
     "r5 regex": completion(guided_regex="(a+)+$"),
-    "r5 structured": completion(structured_outputs={"regex": "(a|a)*b"}),
+    "r5 structured": completion(structured_outputs={"regex": "(a|a)*(b"}),
     "r5 grammar": completion(guided_grammar="root ::= root"),
     "r5 choice": chat(guided_choice=["a"]),
-    "r5 tool": chat(tools=[TOOL], tool_choice="required"),
+    "r5 tool": chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": nested(20)}}}], tool_choice="required"),
+    "r5 no tool": chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
     "r6 remote ref": chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1/"}}}),
     "r7 arrays": raw('{"prompt":' + "[" * 100_000 + "]" * 100_000 + "}"),
     "r7 objects": raw('{"a":' * 100_000),
@@ -290,12 +297,12 @@ def test_r16_compressed_bodies_get_415_and_ranges_mean_nothing(server: ServerPro
 
 
 def test_r17_prefixes_are_shared_only_within_a_salt(server: ServerProcess) -> None:
-    prompt = [7 + i % 300 for i in range(70)]
+    prompt = [7 + i % 300 for i in range(140)]  # one page of 128 and some
 
     def cached(salt: str | None) -> int:
         return send(server, *completion(prompt=prompt, cache_salt=salt)).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-    assert [cached("a"), cached("a"), cached("b"), cached(None), cached("b"), cached(None)] == [0, 64, 0, 0, 64, 64]
+    assert [cached("a"), cached("a"), cached("b"), cached(None), cached("b"), cached(None)] == [0, 128, 0, 0, 128, 128]
 
 
 def test_r18_requests_may_share_an_id(server: ServerProcess) -> None:
