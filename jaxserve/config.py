@@ -46,7 +46,7 @@ class ModelConfig:
 class CacheConfig:
     """The paged cache of keys and values."""
 
-    page_size: int = _option(16, "tokens a page")
+    page_size: int | None = _option(None, "tokens a page, the unit in which prompts are reused; default: 128 on CPU, 16 elsewhere")
     num_pages: int | None = _option(None, "pages in the cache; default: as many as memory allows")
     cache_bytes: int | None = _option(None, "bytes for the cache; default: from memory_utilization")
     memory_utilization: float = _option(0.9, "share of the device's memory to use in all (CPU: of what is free, at most 4 GiB of cache)")
@@ -90,6 +90,15 @@ class ServerConfig:
     port: int = _option(8000, "port to listen on; 0 takes a free one")
     api_key: tuple[str, ...] = _option((), "keys that clients must send, comma-separated; default: $JAXSERVE_API_KEY, else none needed")
     served_model_name: tuple[str, ...] = _option((), "names that clients may use, the first is shown; default: --model")
+    # jaxserve/text/tools.py and reasoning.py hold the formats.
+    tool_call_parser: Literal[
+        "auto", "none", "deepseek_v3", "functiongemma", "gemma4", "glm45", "granite", "hermes", "internlm", "kimi_k2", "llama3_json",
+        "llama4_pythonic", "mistral", "openai", "phi4_mini_json", "pythonic", "qwen3_coder", "qwen3_xml", "xlam",
+    ] = _option("auto", "format of the model's tool calls; auto: as its chat template tells")  # fmt: skip
+    reasoning_parser: Literal[
+        "auto", "none", "deepseek_r1", "gemma", "glm45", "gpt-oss", "granite", "mistral", "openai_gptoss", "qwen3"
+    ] = _option("auto", "format of the model's reasoning; auto: as its chat template tells")  # fmt: skip
+    enable_auto_tool_choice: bool = _option(True, "let the model decide whether to call a tool; off: such requests get 400")
     cors_origins: tuple[str, ...] = _option((), "origins allowed by CORS, comma-separated; default: CORS is off")
     max_body_bytes: int = _option(8 << 20, "largest request body; beyond it clients get 413")
     read_timeout_s: float = _option(30.0, "longest wait for a client to send its whole request")
@@ -137,7 +146,10 @@ class EngineConfig:
 def _problems_of_model(config: EngineConfig) -> list[str]:
     checks = [
         (config.model.max_len is None or config.model.max_len >= 1, f"--max-len={config.model.max_len} must be at least 1"),
-        (1 <= config.cache.page_size <= 1024, f"--page-size={config.cache.page_size} must be in [1, 1024]"),
+        (
+            config.cache.page_size is None or 1 <= config.cache.page_size <= 1024,
+            f"--page-size={config.cache.page_size} must be in [1, 1024]",
+        ),
         (config.cache.num_pages is None or config.cache.num_pages >= 2, f"--num-pages={config.cache.num_pages} must be at least 2"),
         (0 < config.cache.memory_utilization <= 1, f"--memory-utilization={config.cache.memory_utilization} must be in (0, 1]"),
         (config.schedule.max_rows is None or 1 <= config.schedule.max_rows <= 4096, "--max-rows must be in [1, 4096]"),

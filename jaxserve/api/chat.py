@@ -1,7 +1,8 @@
 """POST /v1/chat/completions, whole or streamed.
 
 1. Read and check the body; render the conversation and tokenize it, off the event loop when it is long.
-2. Submit n requests. 3. Carry their outputs to the client in OpenAI's shape, with vLLM's additions.
+2. Decide how answers are read: reasoning and tool calls. Submit n requests.
+3. Carry their outputs to the client in OpenAI's shape, with vLLM's additions.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from jaxserve.api.conversation import count_chars, plain_text
 from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.logprobs import TokenNames, chat_logprobs, is_heavy, prompt_logprobs
 from jaxserve.api.protocol import ChatRequest, Options, Rendering, decode_chat
+from jaxserve.api.reading import AnswerReader, Reading, plan_reading
 from jaxserve.api.sse import frame, stream_answer
 from jaxserve.api.wire import INLINE_BYTES, INLINE_CHARS, off_loop, send_json
-from jaxserve.request import RequestOutput
+from jaxserve.request import RequestOutput, merge_outputs
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import OutputStream
     from jaxserve.engine.load import ServedModel
+
+
+# More than any marker of reasoning, with the white space behind it.
+PROMPT_END_CHARS = 128
 
 
 class ChatEndpoint(JsonEndpoint):
@@ -36,26 +42,30 @@ class ChatEndpoint(JsonEndpoint):
         options = request.options
         name = served_name(self.engine.config, options.model)
         served = ready(self.engine)
-        prompt_ids = truncate(await render_ids(served, request.rendering, options.add_special_tokens), options, served.max_len)
-        streams = submit(self.engine, "messages", [prompt_ids], options, options.params)
-        printer = ChatPrinter(request, name, prompt_ids, served)
+        ids, prompt_end = await render_prompt(served, request.rendering, options.add_special_tokens)
+        prompt_ids = truncate(ids, options, served.max_len)
+        reading = plan_reading(self.server, served, request, prompt_end)
+        params = options.params if reading is None else reading.params(options.params)
+        streams = await submit(self.engine, "messages", [prompt_ids], options, params)
+        printer = ChatPrinter(request, name, prompt_ids, served, reading)
         async with Running(receive, streams) as running:
             if options.stream:
                 await stream_answer(send, running, printer, write_timeout_s=self.server.write_timeout_s)
                 return
             outputs = [await running.collect(stream) for stream in streams]
-        await send_json(send, await off_loop(is_heavy(*outputs), lambda: printer.whole(outputs)))
+        heavy = is_heavy(*outputs) or (reading is not None and sum(len(output.text) for output in outputs) > INLINE_CHARS)
+        await send_json(send, await off_loop(heavy, lambda: printer.whole(outputs)))
 
 
-async def render_ids(served: ServedModel, rendering: Rendering, add_special_tokens: bool) -> list[int]:
-    """Token ids of a conversation as the model's chat template prints it.
+async def render_prompt(served: ServedModel, rendering: Rendering, add_special_tokens: bool) -> tuple[list[int], str]:
+    """Token ids of a conversation as the model's chat template prints it, and its last characters.
 
     Raises: UserError for a conversation that the template refuses, or one far too long.
     """
     chars = count_chars(rendering.messages) + sum(len(str(tool)) for tool in rendering.tools or ())
     check_chars("messages", chars, served.max_len)
 
-    def work() -> list[int]:
+    def work() -> tuple[list[int], str]:
         text = served.chat.render(
             rendering.messages,
             tools=rendering.tools,
@@ -65,15 +75,19 @@ async def render_ids(served: ServedModel, rendering: Rendering, add_special_toke
         )
         # A template may print documents and other variables that were not counted above.
         check_chars("messages", len(text), served.max_len)
-        return served.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return served.tokenizer.encode(text, add_special_tokens=add_special_tokens), text[-PROMPT_END_CHARS:]
 
     return await off_loop(chars > INLINE_CHARS or bool(rendering.kwargs), work)
 
 
 class ChatPrinter:
-    """The answers to one chat request in OpenAI's shapes: `whole`, or `render` piece by piece."""
+    """The answers to one chat request in OpenAI's shapes: `whole`, or `render` piece by piece.
 
-    def __init__(self, request: ChatRequest, name: str, prompt_ids: list[int], served: ServedModel) -> None:
+    Args:
+      reading: how to find reasoning and calls in them; None if all is content.
+    """
+
+    def __init__(self, request: ChatRequest, name: str, prompt_ids: list[int], served: ServedModel, reading: Reading | None) -> None:
         options = request.options
         self._options: Options = options
         self._prompt_ids = prompt_ids
@@ -81,10 +95,13 @@ class ChatPrinter:
         self._names = TokenNames(served.tokenizer, as_ids=options.tokens_as_ids)
         last = request.rendering.messages[-1]
         self._echo = plain_text(last["content"]) if options.echo and last["role"] == "assistant" else ""
+        self._readers = None if reading is None else [AnswerReader(reading) for _ in range(options.params.n)]
+        self._unread: list[list[RequestOutput]] = [[] for _ in range(options.params.n)]  # outputs whose text a reader still holds
         self._begun = [False] * options.params.n
         kind = "chat.completion.chunk" if options.stream else "chat.completion"
         self._head = {"id": answer_id("chatcmpl", options.request_id), "object": kind, "created": int(time.time()), "model": name}
-        self._plain = options.params.logprobs is None and not options.return_token_ids and not options.continuous_usage
+        wants_extras = options.params.logprobs is not None or options.return_token_ids or options.continuous_usage
+        self._plain = reading is None and not wants_extras
         # All of a plain chunk but its text is the same through a stream: printed once.
         before = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
         self._before = [before + b'%d,"delta":{"content":' % index for index in range(options.params.n)]
@@ -100,13 +117,18 @@ class ChatPrinter:
             return self._before[index] + orjson.dumps(output.text) + b'},"logprobs":null,"finish_reason":null}]}\n\n'
         events = b"" if self._begun[index] else self._first(index)
         self._begun[index] = True
-        extras = self._extras(output)
-        if output.text:
-            events += self._chunk(index, {"content": output.text}, **extras)
+        deltas = self._deltas(index, output)
+        if not deltas and output.finish_reason is None:
+            self._unread[index].append(output)
+            return events
+        extras = self._extras(merge_outputs([*self._unread[index], output]))
+        self._unread[index].clear()
+        for delta in deltas:
+            events += self._chunk(index, delta, **extras)
             extras = {}
         if output.finish_reason is not None:
             stop: dict[str, Any] = {} if output.stop_reason is None else {"stop_reason": output.stop_reason}
-            events += self._chunk(index, {}, **extras, finish_reason=output.finish_reason, **stop)
+            events += self._chunk(index, {}, **extras, finish_reason=self._finish_reason(index, output), **stop)
         return events
 
     def last(self) -> bytes:
@@ -120,12 +142,13 @@ class ChatPrinter:
         choices: list[dict[str, Any]] = []
         for index, output in enumerate(outputs):
             self._usage.see(index, output)
+            message = {"role": "assistant", "content": self._echo + output.text, "refusal": None}
             choice: dict[str, Any] = {
                 "index": index,
-                "message": {"role": "assistant", "content": self._echo + output.text, "refusal": None},
+                "message": message if self._readers is None else self._readers[index].message(output, self._echo),
                 "logprobs": None,
                 **self._extras(output),
-                "finish_reason": output.finish_reason,
+                "finish_reason": self._finish_reason(index, output),
                 "stop_reason": output.stop_reason,
             }
             choices.append(choice)
@@ -135,6 +158,14 @@ class ChatPrinter:
         if self._options.return_token_ids:
             answer["prompt_token_ids"] = self._prompt_ids
         return orjson.dumps(answer)
+
+    def _deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        if self._readers is not None:
+            return self._readers[index].deltas(output)
+        return [{"content": output.text}] if output.text else []
+
+    def _finish_reason(self, index: int, output: RequestOutput) -> str | None:
+        return output.finish_reason if self._readers is None else self._readers[index].finish_reason(output.finish_reason)
 
     def _first(self, index: int) -> bytes:
         head = {"prompt_token_ids": self._prompt_ids} if self._options.return_token_ids and not any(self._begun) else {}

@@ -42,7 +42,7 @@ class CompletionEndpoint(JsonEndpoint):
         options = request.options
         name = served_name(self.engine.config, options.model)
         prompts = await _read_prompts(served, request)
-        streams = submit(self.engine, "prompt", [prompt.ids for prompt in prompts], options, _engine_params(request))
+        streams = await submit(self.engine, "prompt", [prompt.ids for prompt in prompts], options, _engine_params(request))
         printer = CompletionPrinter(request, name, prompts, served)
         async with Running(receive, streams) as running:
             if options.stream:

@@ -5,7 +5,8 @@ Content is text or a list of text parts, tool-call arguments become objects, and
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import is_array, is_object, json_type, parse_object
@@ -15,6 +16,7 @@ MAX_MESSAGES = 2048
 MAX_PARTS = 256
 MAX_TOOLS = 128
 MAX_NAME_CHARS = 256
+MAX_SCHEMA_MEMBERS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -37,29 +39,63 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
     return messages
 
 
-def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    """The tools that the prompt shall mention; None without any.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ToolChoice:
+    """Which tools the model may call.
 
-    Raises: UserError when a call of a tool would have to be parsed out of the answer.
+    Args:
+      kind: "named" for the one of `name`.
+      parallel: more than one call in an answer.
+      strict: tools whose arguments must be of their schemas.
     """
-    tools = [_tool(tool) for tool in fields.objects("tools", max_items=MAX_TOOLS)]
+
+    kind: Literal["none", "auto", "required", "named"]
+    name: str | None = None
+    parallel: bool = True
+    strict: frozenset[str] = frozenset()
+
+
+def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+    """The tools that the prompt shall mention, None without any; and which of them may be called.
+
+    Raises: UserError naming the field at fault.
+    """
+    given = fields.objects("tools", max_items=MAX_TOOLS)
+    tools = [_tool(tool) for tool in given]
+    strict = frozenset(tool["function"]["name"] for tool, own in zip(tools, given, strict=True) if own.raw("function").get("strict"))
+    parallel = fields.flag("parallel_tool_calls", True)
     choice = fields.raw("tool_choice")
-    if choice is not None and not isinstance(choice, str | dict):
-        raise fields.error("tool_choice", f"must be a string or an object, not {json_type(choice)}")
-    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise fields.error("tool_choice", f"is {choice!r:.60}; it must be 'none', 'auto', 'required' or an object naming a function")
+    if isinstance(choice, dict):
+        name = _named_tool(fields, [tool["function"]["name"] for tool in tools])
+        return tools, ToolChoice(kind="named", name=name, parallel=False)
+    kind = fields.text("tool_choice", "auto" if tools else "none", choices=("none", "auto", "required"))
     if not tools:
-        if choice in (None, "none") or (choice == "auto" and fields.given("tools")):
-            return None
+        if kind == "required" or (kind == "auto" and not fields.given("tools")):
+            raise fields.error("tool_choice", "needs tools, and none are given")
+        return None, ToolChoice(kind="none")
+    match kind:
+        case "required":
+            return tools, ToolChoice(kind="required", parallel=parallel)
+        case "none":
+            return tools, ToolChoice(kind="none")
+        case _:
+            return tools, ToolChoice(kind="auto", parallel=parallel, strict=strict)
+
+
+def _named_tool(fields: Fields, known: list[str]) -> str:
+    choice = fields.object("tool_choice")
+    assert choice is not None, "the caller has seen it"
+    if choice.text("type", None) != "function":
+        raise choice.error("type", "must be 'function'")
+    function = choice.object("function")
+    name = None if function is None else function.text("name", None)
+    if function is None or not name:
+        raise (choice if function is None else function).error("function" if function is None else "name", "is required")
+    if not known:
         raise fields.error("tool_choice", "needs tools, and none are given")
-    if choice == "none":
-        return tools
-    raise UserError(
-        "tool_choice" if choice not in (None, "auto") else "tools",
-        f"tool_choice {'auto' if choice is None else choice!r:.60} needs a tool-call parser for this model, which this server "
-        "does not have yet; send tool_choice 'none' or leave out tools",
-        code="unsupported_parameter",
-    )
+    if name not in known:
+        raise function.error("name", f"is {name!r:.80}, which is none of the tools: {', '.join(known)!s:.200}")
+    return name
 
 
 def plain_text(content: str | list[dict[str, str]]) -> str:
@@ -173,10 +209,11 @@ def _tool(fields: Fields) -> dict[str, Any]:
     name = function.text("name", None, max_chars=MAX_NAME_CHARS)
     if not name:
         raise function.error("name", "is required")
-    tool: dict[str, Any] = {
-        "name": name,
-        "description": function.text("description", ""),
-        "parameters": function.mapping("parameters", max_items=256),
-    }
+    function.text("description", "")
+    function.mapping("parameters", max_items=MAX_SCHEMA_MEMBERS)
     function.flag("strict", None)
-    return {"type": "function", "function": tool}
+    # As the client wrote it, since templates print it whole; but templates reach for what may be left out, and none knows strict.
+    given = {key: function.raw(key) for key in function if function.given(key) and key != "strict"}
+    given.setdefault("description", "")
+    given.setdefault("parameters", {"type": "object", "properties": {}})
+    return {"type": "function", "function": given}

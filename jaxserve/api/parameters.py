@@ -28,8 +28,6 @@ WITHOUT_EFFECT: Mapping[str, type] = {
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "session_id": str,
-    "include_reasoning": bool,
-    "parallel_tool_calls": bool,
 }
 
 # name -> the values besides null with which a parameter asks for nothing.
@@ -66,7 +64,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "stop_regex": (),
     "stream_interval": (1,),
-    "structured_outputs": ({},),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "typical_p": (1,),
@@ -79,6 +76,13 @@ _REASONS = {
     "chat_template": "comes from the model or from --chat-template, never from a request",
     "functions": "is not supported; use tools",
     "function_call": "is not supported; use tool_choice",
+    "guided_choice": 'is no longer known, in vLLM neither; use structured_outputs={"choice": [...]}',
+    "guided_decoding_backend": "is no longer known, in vLLM neither; leave it out",
+    "guided_grammar": 'is no longer known, in vLLM neither; use structured_outputs={"grammar": ...}',
+    "guided_json": 'is no longer known, in vLLM neither; use structured_outputs={"json": {...}} or response_format',
+    "guided_regex": 'is no longer known, in vLLM neither; use structured_outputs={"regex": ...}',
+    "regex": 'is not known; use structured_outputs={"regex": ...}',
+    "ebnf": 'is not known; use structured_outputs={"grammar": ...}',
 }
 
 

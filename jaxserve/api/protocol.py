@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jaxserve.api.conversation import read_messages, read_tools
+from jaxserve.api.conversation import ToolChoice, read_messages, read_tools
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import is_array, json_type, parse_object
 from jaxserve.api.parameters import check_parameters
+from jaxserve.api.structured import read_structured
 from jaxserve.api.wire import is_safe_id
 from jaxserve.errors import UserError
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
@@ -37,12 +38,13 @@ _COMMON = frozenset(
         "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
         "skip_special_tokens", "max_tokens", "logprobs", "prompt_logprobs", "echo", "add_special_tokens", "response_format", "priority",
         "cache_salt", "request_id", "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side",
+        "structured_outputs",
     }
 )  # fmt: skip
 _CHAT = _COMMON | frozenset(
     {
         "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "add_generation_prompt", "continue_final_message",
-        "chat_template_kwargs", "documents", "reasoning_effort",
+        "chat_template_kwargs", "documents", "reasoning_effort", "parallel_tool_calls", "include_reasoning",
     }
 )  # fmt: skip
 _COMPLETION = _COMMON | {"prompt"}
@@ -84,6 +86,7 @@ class Rendering:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    choice: ToolChoice
     add_generation_prompt: bool
     continue_final_message: bool
     kwargs: dict[str, Any]
@@ -91,10 +94,15 @@ class Rendering:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """The body of /v1/chat/completions."""
+    """The body of /v1/chat/completions.
+
+    Args:
+      include_reasoning: show what the model thought before it answered.
+    """
 
     options: Options
     rendering: Rendering
+    include_reasoning: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +134,7 @@ def decode_chat(body: bytes) -> ChatRequest:
     prompt_logprobs = fields.integer("prompt_logprobs", None, low=0, high=MAX_LOGPROBS)
     params = _sampling(fields, max_tokens=limit, logprobs=top if wanted else None, prompt_logprobs=prompt_logprobs)
     options = _options(fields, params=params, default_max_tokens=False, echo=echo, add_special_tokens=False)
-    return ChatRequest(options=options, rendering=rendering)
+    return ChatRequest(options=options, rendering=rendering, include_reasoning=fields.flag("include_reasoning", True))
 
 
 def decode_completion(body: bytes, *, vocab_size: int, max_len: int) -> CompletionRequest:
@@ -148,7 +156,7 @@ def decode_completion(body: bytes, *, vocab_size: int, max_len: int) -> Completi
 
 def read_rendering(fields: Fields) -> Rendering:
     """Messages, tools and template variables of a chat-shaped body."""
-    messages, tools = read_messages(fields), read_tools(fields)
+    messages, (tools, choice) = read_messages(fields), read_tools(fields)
     go_on = fields.flag("continue_final_message", False)
     begin = fields.flag("add_generation_prompt", not go_on)
     if go_on and begin:
@@ -167,11 +175,12 @@ def read_rendering(fields: Fields) -> Rendering:
     documents = fields.objects("documents", max_items=MAX_DOCUMENTS)
     if documents:
         kwargs["documents"] = fields.raw("documents")
-    return Rendering(messages=messages, tools=tools, add_generation_prompt=begin, continue_final_message=go_on, kwargs=kwargs)
+    return Rendering(
+        messages=messages, tools=tools, choice=choice, add_generation_prompt=begin, continue_final_message=go_on, kwargs=kwargs
+    )
 
 
 def _options(fields: Fields, *, params: SamplingParams, default_max_tokens: bool, echo: bool, add_special_tokens: bool) -> Options:
-    _check_response_format(fields)
     stream = fields.flag("stream", False)
     include_usage, continuous_usage = _stream_options(fields, stream)
     if stream and params.prompt_logprobs is not None:
@@ -222,6 +231,7 @@ def _sampling(fields: Fields, *, max_tokens: int | None, logprobs: int | None, p
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         skip_special_tokens=fields.flag("skip_special_tokens", True),
+        structured_outputs=read_structured(fields),
     )
 
 
@@ -260,19 +270,6 @@ def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
     options.flag("include_obfuscation", None)
     include_usage = options.flag("include_usage", False)
     return include_usage, options.flag("continuous_usage_stats", False) and include_usage
-
-
-def _check_response_format(fields: Fields) -> None:
-    wanted = fields.object("response_format")
-    if wanted is None:
-        return
-    kind = wanted.text("type", None, choices=("text", "json_object", "json_schema", "structural_tag"))
-    if kind is None:
-        raise wanted.error("type", "is required")
-    if kind != "text":
-        raise fields.error(
-            "response_format", f"of type {kind!r} is not supported yet; use {{'type': 'text'}}", code="unsupported_parameter"
-        )
 
 
 def _cache_salt(fields: Fields) -> str | None:

@@ -140,7 +140,9 @@ async def _carry(events: EventStream, running: Running, chunks: Chunks, index: i
         output = merge_outputs(held)
         held.clear()
         if output.logprobs is None and output.prompt_logprobs is None:
-            await events.write(chunks.render(index, output))
-            continue
-        render = functools.partial(chunks.render, index, output)
-        await events.write(await off_loop(is_heavy(output), render))
+            frames = chunks.render(index, output)
+        else:
+            frames = await off_loop(is_heavy(output), functools.partial(chunks.render, index, output))
+        # Text may be held back until it is certain what it is.
+        if frames:
+            await events.write(frames)

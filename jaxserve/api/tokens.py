@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import Receive, Send
 
 from jaxserve.api.answers import MAX_CHARS_PER_TOKEN, check_chars, ready, served_name
-from jaxserve.api.chat import render_ids
+from jaxserve.api.chat import render_prompt
 from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import parse_object
@@ -34,7 +34,7 @@ class TokenizeEndpoint(JsonEndpoint):
         strings = fields.flag("return_token_strs", False)
         if fields.given("messages"):
             add_special = fields.flag("add_special_tokens", False)
-            ids = await render_ids(served, read_rendering(fields), add_special)
+            ids, _ = await render_prompt(served, read_rendering(fields), add_special)
         else:
             text = fields.text("prompt", None)
             if text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -21,6 +22,9 @@ _PROBE = "jaxserve-probe"
 _PROBE_SECONDS = 0.2
 
 Message = Mapping[str, Any]
+# How messages with tool calls are given to a template: the kind of their arguments, and what stands for no content. The first that the
+# template shows is taken; all of them are in use.
+_CALL_STYLES: tuple[tuple[Literal["object", "text"], str | None], ...] = (("object", ""), ("text", ""), ("object", None), ("text", None))
 ContentStyle = Literal["text", "parts", "both"]
 
 
@@ -31,10 +35,13 @@ class ChatTemplate:
       source: Jinja; None takes default_chat.jinja.
       max_chars: most characters of a rendered conversation.
       max_seconds: most processor time of one rendering.
+    Attributes:
+      source: the template of the model; None if it has none.
     Raises: ConfigError if the source is not valid Jinja.
     """
 
     def __init__(self, source: str | None, tokenizer: Tokenizer, *, max_chars: int = MAX_CHARS, max_seconds: float = MAX_SECONDS) -> None:
+        self.source = source
         if source is None:
             source = _DEFAULT_TEMPLATE.read_text(encoding="utf-8")
             self._constants: dict[str, Any] = {**tokenizer.special_tokens, "beginning": tokenizer.prefix_text}
@@ -42,6 +49,9 @@ class ChatTemplate:
             self._constants = dict(tokenizer.special_tokens)
         self._program = Program(source, max_chars=max_chars, max_seconds=max_seconds)
         self._styles: dict[str, ContentStyle] = {role: self._probe(role) for role in ("user", "system", "assistant")}
+        # Templates that were written before the role was known pass over it in silence, or refuse it.
+        self._has_developer = self._shows("developer", as_parts=False) or not self._shows("system", as_parts=False)
+        self._call_style = next((style for style in _CALL_STYLES if self._shows_call(*style)), _CALL_STYLES[0])
 
     def render(
         self,
@@ -90,6 +100,13 @@ class ChatTemplate:
     def _prepare(self, message: Message) -> dict[str, Any]:
         """A copy of a message with its content as this template reads it, and its reasoning under every name in use."""
         plain = dict(message)
+        if plain.get("role") == "developer" and not self._has_developer:
+            plain["role"] = "system"
+        if plain.get("tool_calls"):
+            kind, empty = self._call_style
+            plain["content"] = plain.get("content") or empty
+            if kind == "text":
+                plain["tool_calls"] = [_with_text_arguments(call) for call in plain["tool_calls"]]
         reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
@@ -114,14 +131,33 @@ class ChatTemplate:
         def message(speaker: str, text: str) -> dict[str, Any]:
             return {"role": speaker, "content": [{"type": "text", "text": text}] if as_parts else text}
 
-        before, after = {"user": ([], []), "system": ([], ["user"]), "assistant": (["user"], [])}[role]
+        before: list[str] = ["user"] if role == "assistant" else []
+        after: list[str] = ["user"] if role in ("system", "developer") else []
         messages = [*(message(each, "question") for each in before), message(role, _PROBE), *(message(each, "question") for each in after)]
+        text = self._try(messages)
+        return _PROBE in text and "'type': 'text'" not in text and '"type": "text"' not in text
+
+    def _shows_call(self, kind: Literal["object", "text"], content: str | None) -> bool:
+        """Whether a call with arguments of this kind appears in the rendered text, in a message with such content."""
+        arguments = {"city": _PROBE} if kind == "object" else f'{{"city": "{_PROBE}"}}'
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        result = {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "sunny"}
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content, "tool_calls": [call]}, result]
+        return _PROBE in self._try(messages)
+
+    def _try(self, messages: list[dict[str, Any]]) -> str:
         variables = {"documents": None, "tools": None, "add_generation_prompt": True, **self._constants, "messages": messages}
         try:
-            text = self._program.render(variables, max_seconds=_PROBE_SECONDS)
-        except Exception:  # as in _run; what cannot render the probe is treated as reading plain text
-            return False
-        return _PROBE in text and "'type': 'text'" not in text and '"type": "text"' not in text
+            return self._program.render(variables, max_seconds=_PROBE_SECONDS)
+        except Exception:  # as in _run; what cannot render the probe is treated as not showing it
+            return ""
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function: Mapping[str, Any] = call.get("function") or {}
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _texts(parts: Sequence[Any]) -> Iterator[str]:

@@ -39,15 +39,17 @@ class Detokenizer:
 
     Args:
       prompt_ids: what the answer continues: a space that begins it is kept unless nothing visible stands before it.
-      params: stop, include_stop_str_in_output, min_tokens and skip_special_tokens are used.
+      params: stop, include_stop_str_in_output, min_tokens, skip_special_tokens and shown_special_ids are used.
     """
 
     __slots__ = ("_decode", "_matcher", "_min_tokens", "_num_tokens", "_stopped")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        table = tokenizer.byte_table(skip_special_tokens=params.skip_special_tokens)
+        table = tokenizer.byte_table(skip_special_tokens=params.skip_special_tokens, shown=params.shown_special_ids)
         if table is None:
-            self._decode = _WindowStream(tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens).decode
+            # Such tokenizers know all or none of them.
+            skip = params.skip_special_tokens and not params.shown_special_ids
+            self._decode = _WindowStream(tokenizer, prompt_ids, skip_special_tokens=skip).decode
         else:
             self._decode = _ByteStream(table, prompt_ids, strips_space=tokenizer.strips_space).decode
         self._matcher = _StopMatcher(params.stop, keeps_stop=params.include_stop_str_in_output) if params.stop else None

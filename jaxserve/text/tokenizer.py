@@ -56,6 +56,7 @@ class Tokenizer:
         self._visible_table = None if self._table is None else [
             b"" if token in self.special_ids else data for token, data in enumerate(self._table)
         ]  # fmt: skip
+        self._shown_tables: dict[frozenset[int], list[bytes]] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The token ids of a text; special tokens written out in it become their ids.
@@ -80,9 +81,21 @@ class Tokenizer:
         text = b"".join([table[token] for token in ids if token < size]).decode("utf-8", "replace")
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
-    def byte_table(self, *, skip_special_tokens: bool) -> list[bytes] | None:
-        """The bytes of each token by id; None if the text of a token depends on its neighbours. Not to be written to."""
-        return self._visible_table if skip_special_tokens else self._table
+    def byte_table(self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> list[bytes] | None:
+        """The bytes of each token by id; None if the text of a token depends on its neighbours. Not to be written to.
+
+        Args:
+          shown: special tokens that are not left out; of few different sets.
+        """
+        if self._table is None or not skip_special_tokens:
+            return self._table
+        if not shown:
+            return self._visible_table
+        table = self._shown_tables.get(shown)
+        if table is None:
+            hidden = self.special_ids - shown
+            table = self._shown_tables[shown] = [b"" if token in hidden else data for token, data in enumerate(self._table)]
+        return table
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token stands for, special tokens included; they need not be whole characters."""

@@ -20,7 +20,7 @@ from jaxserve.api.app import create_app
 from jaxserve.config import EngineConfig, make_config
 from jaxserve.errors import EngineUnavailableError, QueueFullError, UserError
 from jaxserve.metrics import Metrics
-from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs, merge_outputs
+from jaxserve.request import RequestOutput, SamplingParams, StructuredOutputs, TokenLogprobs, merge_outputs
 
 BOS, EOS, VOCAB = 256, 257, 259
 MAX_LEN = 120
@@ -31,6 +31,7 @@ class ByteTokenizer:
     """Token id = byte; 256 begins a text, 257 ends one."""
 
     vocab_size = VOCAB
+    special_ids = frozenset({BOS, EOS})
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -53,6 +54,7 @@ class PlainChat:
     """Prints <role>content lines; remembers how it was called; refuses what a test puts into `refuses`."""
 
     def __init__(self) -> None:
+        self.source: str | None = None
         self.calls: list[dict[str, Any]] = []
         self.refuses: set[str] = set()
 
@@ -113,6 +115,8 @@ class ScriptedStream:
     def step(self) -> None:
         """Sample one token: the next byte of the prompt's text, over and over."""
         reply = [token for token in self.prompt if token < 256] or list(b"!")
+        if self._engine.replies:
+            reply = list(self._engine.replies[self._engine.submitted.index(self) % len(self._engine.replies)].encode())
         over = self._sampled >= len(reply) and not self.params.ignore_eos and self._sampled >= self.params.min_tokens
         token = EOS if over else reply[self._sampled % len(reply)]
         first = self._sampled == 0
@@ -159,6 +163,20 @@ def fake_logprob(token: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token_id=token, logprob=-0.5, rank=2, top=top[:num_top])
 
 
+class ScriptedGrammars:
+    """Compiles anything but what a test puts into `refuses`, and remembers it."""
+
+    def __init__(self) -> None:
+        self.compiled: list[StructuredOutputs] = []
+        self.refuses: str | None = None
+
+    async def compile_async(self, spec: StructuredOutputs) -> Any:
+        if self.refuses is not None:
+            raise UserError(spec.source, self.refuses)
+        self.compiled.append(spec)
+        return spec
+
+
 class ScriptedEngine:
     """The interface of `AsyncEngine`, all on the event loop."""
 
@@ -169,18 +187,23 @@ class ScriptedEngine:
         self.healthy = True
         self.chat = PlainChat()
         self.served: Any = types.SimpleNamespace(
-            tokenizer=ByteTokenizer(), chat=self.chat, max_len=MAX_LEN, vocab_size=VOCAB, eos_ids=frozenset({EOS})
-        )
+            tokenizer=ByteTokenizer(), chat=self.chat, max_len=MAX_LEN, vocab_size=VOCAB, eos_ids=frozenset({EOS}),
+            grammars=ScriptedGrammars(),
+        )  # fmt: skip
         self.live: dict[str, ScriptedStream] = {}
         self.submitted: list[ScriptedStream] = []
         self.calls: list[dict[str, Any]] = []
         self.aborted: list[str] = []
+        self.replies: list[str] = []  # what the requests are answered with, in turn, instead of their prompts
         self.hold = False
         self.cached = 3
         self.capacity = 10_000
         self.submits = asyncio.Event()
 
-    def submit(self, *, prompt_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None) -> ScriptedStream:
+    def submit(
+        self, *, prompt_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None, constraint: Any = None
+    ) -> ScriptedStream:
+        assert constraint == params.structured_outputs, "what was asked for is what was compiled"
         assert params.max_tokens is None or 1 <= params.max_tokens <= self.served.max_len - len(prompt_ids), (
             "the front end checks lengths first"
         )

@@ -156,7 +156,9 @@ def test_template_options_reach_the_template(client: Client, engine: ScriptedEng
     assert client.post("/v1/chat/completions", payload).status_code == 200
     call = engine.chat.calls[0]
     assert (call["add_generation_prompt"], call["continue_final_message"]) == (False, True)
-    assert call["tools"] == [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    assert call["tools"] == [
+        {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}}
+    ]
     assert call["kwargs"] == {"enable_thinking": False, "documents": [{"title": "t", "text": "x"}], "reasoning_effort": "low"}
 
 

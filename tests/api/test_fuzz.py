@@ -30,6 +30,7 @@ NAMES = [
     "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output", "skip_special_tokens",
     "max_tokens",
     "logprobs", "top_logprobs", "prompt_logprobs", "echo", "add_special_tokens", "response_format", "priority", "cache_salt", "request_id",
+    "structured_outputs",
     "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side", "messages", "max_completion_tokens",
     "tools",
     "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "documents", "reasoning_effort", "prompt",

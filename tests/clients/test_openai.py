@@ -87,7 +87,11 @@ def test_end_of_sequence_is_a_stop(client: openai.OpenAI) -> None:
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
         ({"messages": [{"role": "user", "content": "x " * 400}]}, openai.BadRequestError, "messages"),
         ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            openai.BadRequestError,
+            "response_format.json_schema.schema",
+        ),
     ],
 )
 def test_errors_are_of_the_clients_own_classes(

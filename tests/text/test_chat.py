@@ -141,6 +141,26 @@ def test_reasoning_reaches_the_template_under_each_name(bpe: Tokenizer) -> None:
         assert template.render([{"role": "assistant", "content": "x", name: "hm"}]) == "hm|hm"
 
 
+SILENT = "{% for m in messages if m.role in ('system', 'user') %}{{ m.role }}:{{ m.content }};{% endfor %}"
+ARGUMENTS_AS_TEXT = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ '(' + c.function.arguments + ')' }}{% endfor %}{% endfor %}"
+NO_CONTENT = "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"
+
+
+def test_developer_speaks_as_system_where_the_template_does_not_know_the_role(bpe: Tokenizer) -> None:
+    messages = [{"role": "developer", "content": "d"}, {"role": "user", "content": "u"}]
+    assert ChatTemplate(SILENT, bpe).render(messages) == "system:d;user:u;"
+    knows = SILENT.replace("('system', ", "('developer', 'system', ")
+    assert ChatTemplate(knows, bpe).render(messages) == "developer:d;user:u;"
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_reach_each_template_as_it_reads_them(bpe: Tokenizer, content: str | None) -> None:
+    call = {**CALL, "content": content}
+    assert ChatTemplate(ARGUMENTS_AS_TEXT, bpe).render([*say("a"), call]) == '({"city": "Zürich"})'
+    assert ChatTemplate(NO_CONTENT, bpe).render([*say("a"), call]) == '{"city": "Zürich"}'
+    assert ChatTemplate("{{ messages[1].content }}", bpe).render([*say("a"), {**call, "content": "x"}]) == "x"
+
+
 def test_messages_of_the_caller_are_not_changed(bpe: Tokenizer) -> None:
     messages = [*say("a"), {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
     before = repr(messages)

@@ -149,3 +149,12 @@ def test_special_tokens_can_be_part_of_a_stop_string_when_shown(bpe: Tokenizer) 
     texts, stop = stream(bpe, ids, SamplingParams(stop=["<|eos|>"], skip_special_tokens=False))
     assert ("".join(texts), stop) == ("fox", "<|eos|>")
     assert stream(bpe, ids, SamplingParams(stop=["<|eos|>"]))[1] is None
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_special_tokens_that_are_asked_for_are_shown(bpe: Tokenizer, skip: bool) -> None:
+    ids = [2, *bpe.encode("a<tool_call>é", add_special_tokens=False), 0, 2, 1]
+    params = SamplingParams(skip_special_tokens=skip, shown_special_ids=frozenset({2}))
+    detokenizer = Detokenizer(bpe, [], params)
+    text = "".join(detokenizer.push([token], final=False).text for token in ids) + detokenizer.push([], final=True).text
+    assert text == ("<|im_start|>a<tool_call>é<|im_start|>" if skip else "<|im_start|>a<tool_call>é<|bos|><|im_start|><|eos|>")
