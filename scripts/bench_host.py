@@ -32,6 +32,7 @@ from jaxserve.runner.shapes import StepShape
 from jaxserve.scheduler.schedule import Schedule
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.grammar import Grammars
 from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.weights.source import resolve_model
 
@@ -53,7 +54,7 @@ class InstantRunner:
         shape = StepShape("decode", self._max_rows, self._max_rows) if decodes else StepShape("prefill", 4096, self._max_rows)
         for row in schedule.rows:
             self._packer.assign(row.request)
-        self._packer.pack(schedule, Layout(shape, MAX_LEN // PAGE_SIZE, self._max_rows))
+        self._packer.pack(schedule, Layout(shape, MAX_LEN // PAGE_SIZE, sample_rows=self._max_rows, head_once=True))
         return Pending(schedule=schedule, shape=shape, outputs=None, started_s=time.monotonic())  # type: ignore[arg-type]
 
     def collect(self, pending: Pending) -> StepResult:
@@ -73,9 +74,10 @@ def load_instant(config: EngineConfig, metrics: Metrics, on_state: Callable[[str
         num_pages=1 + max_rows * MAX_LEN // PAGE_SIZE, page_size=PAGE_SIZE, max_rows=max_rows, max_step_tokens=4096, max_mixed_tokens=4096,
         max_len=MAX_LEN, prefix_cache=True, max_queue=4096, max_queue_tokens=10**9,
     )  # fmt: skip
-    engine = Engine(InstantRunner(max_rows), scheduler, tokenizer, metrics, overlap=True)  # type: ignore[arg-type]
+    engine = Engine(InstantRunner(max_rows), scheduler, tokenizer, metrics, eos_ids=frozenset(), overlap=True)  # type: ignore[arg-type]
     chat = ChatTemplate(tokenizer.chat_template, tokenizer)
-    return engine, ServedModel(tokenizer=tokenizer, chat=chat, max_len=MAX_LEN, vocab_size=VOCAB, eos_ids=frozenset())
+    grammars = Grammars(tokenizer, vocab_size=VOCAB, eos_ids=frozenset())
+    return engine, ServedModel(tokenizer=tokenizer, chat=chat, max_len=MAX_LEN, vocab_size=VOCAB, eos_ids=frozenset(), grammars=grammars)
 
 
 def measure_steps(rows: int, steps: int) -> None:
