@@ -28,6 +28,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+from jsonschema import validators
 
 from jaxserve.config import DEFAULT_MODEL, make_config
 from jaxserve.errors import UserError
@@ -163,7 +164,7 @@ class Bench:
             return "cut off"
         try:
             value = json.loads(self._tokenizer.decode(ids))
-            jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema).validate(value)
+            validators.validator_for(schema, jsonschema.Draft202012Validator)(schema).validate(value)
         except jsonschema.ValidationError:
             return "finished, does not validate"
         except re.error:

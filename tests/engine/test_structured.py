@@ -165,7 +165,8 @@ def test_end_of_sequence_is_allowed_exactly_where_the_form_is_complete() -> None
     assert len(longer.token_ids) == 9
     endless = answer(StructuredOutputs(regex="[a-z]{2}[0-9]*"), logit_bias=likely, ignore_eos=True, max_tokens=20)
     assert (endless.finish_reason, len(endless.token_ids)) == ("length", 20)
-    for options in ({"min_tokens": 5}, {"ignore_eos": True}):  # a complete answer ends all the same
+    more: list[dict[str, Any]] = [{"min_tokens": 5}, {"ignore_eos": True}]
+    for options in more:  # a complete answer ends all the same
         assert answer(StructuredOutputs(choice=["x"]), **options).text == "x"
 
 

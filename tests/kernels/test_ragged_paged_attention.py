@@ -43,7 +43,8 @@ def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.nda
     static = {name: value for name, value in inputs.items() if name not in ARRAYS}
     shape = arrays["pages"].shape
     arrays["pages"] = REORDER[implementation](arrays["pages"])
-    assert arrays["pages"].shape == cache_shape(*shape[:3], shape[3] // 2, shape[4], implementation=implementation)
+    R, num_pages, page_size, heads, H = shape
+    assert arrays["pages"].shape == cache_shape(R, num_pages, page_size, heads // 2, H, implementation=implementation)
 
     @jax.jit
     def call(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

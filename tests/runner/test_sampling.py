@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -239,7 +239,7 @@ def pack_bits(ids: Sequence[int]) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-def masked(slots: dict[int, Sequence[int]]) -> SlotState:
+def masked(slots: Mapping[int, Sequence[int]]) -> SlotState:
     ids, words = np.full(MASK_CHUNK, M, np.int32), np.zeros((MASK_CHUNK, -(-V // 32)), np.int32)
     for place, (slot, allowed) in enumerate(slots.items()):
         ids[place], words[place] = slot, pack_bits(allowed)
