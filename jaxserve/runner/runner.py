@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
 from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.names import Family
 from jaxserve.models.params import Params
@@ -22,7 +23,7 @@ from jaxserve.runner.compile import compile_all
 from jaxserve.runner.memory import MemoryPlan, num_bytes, plan_memory
 from jaxserve.runner.pack import Packer
 from jaxserve.runner.programs import Programs, this_machine
-from jaxserve.runner.sampling import MASK_CHUNK, MAX_BANNED, SEEN_CHUNK, Logprobs, SlotState
+from jaxserve.runner.sampling import MASK_CHUNK, MAX_BANNED, MAX_EOS, SEEN_CHUNK, Logprobs, SlotState
 from jaxserve.runner.shapes import StepShape, pick_shape
 from jaxserve.runner.step import StepOutputs
 from jaxserve.scheduler.schedule import Schedule
@@ -66,6 +67,8 @@ class Runner:
     """
 
     def __init__(self, spec: ModelSpec, family: Family, config: EngineConfig, *, eos_ids: frozenset[int]) -> None:
+        if len(eos_ids) > MAX_EOS:
+            raise ConfigError(f"the model names {len(eos_ids)} end-of-sequence tokens; at most {MAX_EOS} are supported")
         self._config, self._spec, self._family, self._eos_ids = config, spec, family, eos_ids
         self._programs = Programs(spec, config, this_machine())
         self.limits, self.shapes = self._programs.limits, self._programs.shapes

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 PENALTIES, BIAS, MIN_TOKENS, LOGPROBS, MASK = 1, 2, 4, 8, 16
-MAX_BANNED = MAX_STOP_TOKEN_IDS + 16  # stop token ids and end-of-sequence ids
+MAX_EOS = 16  # end-of-sequence ids of a model
+MAX_BANNED = MAX_STOP_TOKEN_IDS + MAX_EOS
 INVALID_TOKEN = -1  # sampled from logits that are not finite
 SEEN_CHUNK = 1024  # token ids that one call of seed_slot takes
 MASK_CHUNK = 8  # masks that one call of set_masks takes

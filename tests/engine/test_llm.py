@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import pathlib
 import random
+import shutil
 from typing import Any
 
 import numpy as np
@@ -201,3 +204,10 @@ def test_logits_that_are_not_finite_end_their_request_alone() -> None:
 def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         LLM(str(tiny_model()), **{**SHAPES, **options})
+
+
+def test_model_with_too_many_ends_of_sequence_is_refused(tmp_path: pathlib.Path) -> None:
+    directory = shutil.copytree(tiny_model(), tmp_path / "model")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(17))}))
+    with pytest.raises(ConfigError, match="17 end-of-sequence tokens; at most 16"):
+        LLM(str(directory), **SHAPES)

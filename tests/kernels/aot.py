@@ -1,8 +1,9 @@
-"""Compiling for TPUs without a TPU: topologies, abstract arguments, and what the tests ask of an executable."""
+"""Compiling for TPUs and GPUs that are not there: topologies, abstract arguments, and what the tests ask of an executable."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,56 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What the compiler asks about a GPU; shared memory in KiB."""
+
+    kind: str
+    capability: str
+    shared: int
+    shared_per_core: int
+    cores: int
+    accelerated: bool = False
+
+    @property
+    def target(self) -> str:
+        """The text proto that describes it to XLA."""
+        major, minor = self.capability.split(".")
+        extension = "feature_extension: ACCELERATED_FEATURES" if self.accelerated else ""
+        return f"""gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+          shared_memory_per_core: {self.shared_per_core << 10} threads_per_core_limit: 2048 core_count: {self.cores} fpus_per_core: 128
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: 2000000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.5 device_memory_size: 85000000000
+          shared_memory_per_block_optin: {self.shared << 10} cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 }}
+        device_description_str: "{self.kind}"
+        """
+
+
+GPUS = {
+    "sm_80": Gpu(kind="NVIDIA A100-SXM4-80GB", capability="8.0", shared=163, shared_per_core=164, cores=108),
+    "sm_90": Gpu(kind="NVIDIA H200", capability="9.0", shared=227, shared_per_core=228, cores=132, accelerated=True),
+    "sm_100": Gpu(kind="NVIDIA B200", capability="10.0", shared=227, shared_per_core=228, cores=148, accelerated=True),
+    "unknown": Gpu(kind="NVIDIA Unheard Of", capability="8.6", shared=99, shared_per_core=100, cores=80),
+}
+
+
+@functools.cache
+def gpu_mesh(name: str) -> Mesh:
+    """A mesh of one device of a GPU, a key of GPUS.
+
+    Raises: RuntimeError if the CUDA plugin, which has the GPU compiler, is not installed.
+    """
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=GPUS[name].target, topology="1x1x1")
+    except Exception as error:
+        raise RuntimeError(f"no compiler for {name}: install jax-cuda13-plugin, the aot extra, to run tests marked aot") from error
+    return Mesh(np.array(topology.devices[:1]), ("x",))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from typing import Any
 
@@ -11,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import gpu
@@ -20,56 +17,6 @@ from tests.kernels import aot
 
 Shape = jax.ShapeDtypeStruct
 BF16, F32 = jnp.bfloat16, jnp.float32
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """What the compiler asks about a GPU; shared memory in KiB."""
-
-    kind: str
-    capability: str
-    shared: int
-    shared_per_core: int
-    cores: int
-    accelerated: bool = False
-
-    @property
-    def target(self) -> str:
-        """The text proto that describes it to XLA."""
-        major, minor = self.capability.split(".")
-        extension = "feature_extension: ACCELERATED_FEATURES" if self.accelerated else ""
-        return f"""gpu_device_info {{
-          threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-          shared_memory_per_core: {self.shared_per_core << 10} threads_per_core_limit: 2048 core_count: {self.cores} fpus_per_core: 128
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          memory_bandwidth: 2000000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.5 device_memory_size: 85000000000
-          shared_memory_per_block_optin: {self.shared << 10} cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
-          registers_per_core_limit: 65536 registers_per_block_limit: 65536
-        }}
-        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 }}
-        device_description_str: "{self.kind}"
-        """
-
-
-GPUS = {
-    "sm_80": Gpu(kind="NVIDIA A100-SXM4-80GB", capability="8.0", shared=163, shared_per_core=164, cores=108),
-    "sm_90": Gpu(kind="NVIDIA H200", capability="9.0", shared=227, shared_per_core=228, cores=132, accelerated=True),
-    "sm_100": Gpu(kind="NVIDIA B200", capability="10.0", shared=227, shared_per_core=228, cores=148, accelerated=True),
-    "unknown": Gpu(kind="NVIDIA Unheard Of", capability="8.6", shared=99, shared_per_core=100, cores=80),
-}
-
-
-@functools.cache
-def gpu_mesh(name: str) -> Mesh:
-    """A mesh of one device of a GPU, a key of GPUS.
-
-    Raises: RuntimeError if the CUDA plugin, which has the GPU compiler, is not installed.
-    """
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=GPUS[name].target, topology="1x1x1")
-    except Exception as error:
-        raise RuntimeError(f"no compiler for {name}: install jax-cuda13-plugin, the aot extra, to run tests marked aot") from error
-    return Mesh(np.array(topology.devices[:1]), ("x",))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +90,7 @@ def compiled(target: str, call: Compiled) -> jax.stages.Compiled:
         Shape((call.T, n, h), call.query_dtype) for n, h in ((call.N, call.H), (call.K, call.H), (call.K, call.value_size or call.H))
     )
     batch = [Shape(shape, jnp.int32) for shape in ((), (call.S, call.P), (call.S + 1,), (call.S,))]
-    return aot.compile_for(gpu_mesh(target), function, (q, k, v, call.cache, *batch, extra), donate=(3,))
+    return aot.compile_for(aot.gpu_mesh(target), function, (q, k, v, call.cache, *batch, extra), donate=(3,))
 
 
 def check_in_place(call: Compiled, executable: jax.stages.Compiled) -> None:
@@ -173,7 +120,7 @@ def copies_of(cache: jax.ShapeDtypeStruct, executable: jax.stages.Compiled) -> l
 
 @pytest.mark.aot
 @pytest.mark.parametrize("call", TARGETS, ids=lambda call: call.name)
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("target", aot.GPUS)
 def test_kernels_compile_in_place(target: str, call: Compiled) -> None:
     check_in_place(call, compiled(target, call))
 
@@ -218,7 +165,7 @@ def step(target: str, T: int, scanned: bool, *, R: int = 2, D: int = 2048, N: in
         return carry[:2]
 
     batch = {name: Shape(shape, jnp.int32) for name, shape in (("page_table", (S, P)), ("query_start", (S + 1,)), ("kv_len", (S,)))}
-    return cache, aot.compile_for(gpu_mesh(target), function, (Shape((T, D), BF16), weights, cache, batch), donate=(2,))
+    return cache, aot.compile_for(aot.gpu_mesh(target), function, (Shape((T, D), BF16), weights, cache, batch), donate=(2,))
 
 
 @pytest.mark.aot
@@ -231,5 +178,5 @@ def step(target: str, T: int, scanned: bool, *, R: int = 2, D: int = 2048, N: in
     ],
 )
 def test_limits_are_those_of_the_target(target: str, expected: tuning.GpuLimits) -> None:
-    with jax.set_mesh(gpu_mesh(target)):
+    with jax.set_mesh(aot.gpu_mesh(target)):
         assert tuning.gpu_limits() == expected
