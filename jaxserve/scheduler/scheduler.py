@@ -297,17 +297,21 @@ class Scheduler:
     def _has_room(self, entry: Entry, matched: list[int]) -> bool:
         """Whether a request can be admitted without soon losing its pages again.
 
-        All that it lacks must be free, not just the next chunk, beside what the prompts begun before it still lack; and a page for each
-        running request to grow into. The latter is at least 1 % of the pool, and at most 10 % (or 1 %) so that a small pool is not left
-        unused for the sake of answers that may be short. A request alone needs no reserve: nobody else can take its pages.
+        All that it lacks must be free, beside what the prompts begun before it still lack; and a page for each running request to grow
+        into: 1 % to 10 % of the pool, as answers may be short, and never more than they can still come to need.
         """
         pool = self._pool
         needed = self._count_pages(entry.request) - len(matched)
         reserve = 0
         if running := self.num_running:
-            reserve = max(pool.capacity // 100, min(running, pool.capacity // 10))
+            growth = sum(self._most_pages(other) - len(other.request.pages) for other in (*self._prefilling, *self._decoding))
+            reserve = min(max(pool.capacity // 100, min(running, pool.capacity // 10)), growth)
             reserve += sum(self._count_pages(other.request) - len(other.request.pages) for other in self._prefilling)
         return needed + reserve <= pool.num_free - pool.count_idle(matched)
+
+    def _most_pages(self, entry: Entry) -> int:
+        longest = len(entry.request.prompt_ids) + entry.max_output - 1  # the last token sampled is never computed
+        return -(-longest // self._page_size)
 
     def _count_pages(self, request: Request) -> int:
         return -(-request.num_known // self._page_size)

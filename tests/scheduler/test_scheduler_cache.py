@@ -215,3 +215,15 @@ def test_usage_is_the_share_of_pages_held() -> None:
     scheduler.add(request)
     run_step(scheduler)
     assert (scheduler.usage, scheduler.num_free_pages, scheduler.num_pages) == (pytest.approx(0.3), 7, 11)
+
+
+def test_rows_that_cannot_grow_any_more_keep_no_pages_from_others() -> None:
+    scheduler = make_scheduler(
+        num_pages=21, page_size=8, max_rows=10, max_len=16, max_step_tokens=99, max_mixed_tokens=99, prefix_cache=False
+    )
+    for i in range(9):
+        scheduler.add(make_request(str(i), [1] * 8, max_tokens=8))
+    run_step(scheduler)
+    run_step(scheduler)  # now each has its two pages
+    scheduler.add(make_request("last", [1] * 8, max_tokens=8))
+    assert len(run_step(scheduler)) == 10
