@@ -295,11 +295,10 @@ class Scheduler:
         return self._prefix_cache and request.params.prompt_logprobs is None
 
     def _has_room(self, entry: Entry, matched: list[int]) -> bool:
-        """Whether a request can be admitted without soon losing its pages again.
+        """Whether a request can be admitted without soon losing its pages again: all that it lacks must be free.
 
-        All that it lacks must be free, beside what the prompts begun before it still lack; and a page for each running request to grow
-        into: 1 % to 10 % of the pool, as answers may be short, and never more than they can still come to need.
-        """
+        Beside what the prompts begun before it still lack; and a page for each running request to grow into, which is 1 % to 10 % of the
+        pool, as answers may be short, and never more than they can still come to need."""
         pool = self._pool
         needed = self._count_pages(entry.request) - len(matched)
         reserve = 0
@@ -310,8 +309,7 @@ class Scheduler:
         return needed + reserve <= pool.num_free - pool.count_idle(matched)
 
     def _most_pages(self, entry: Entry) -> int:
-        longest = len(entry.request.prompt_ids) + entry.max_output - 1  # the last token sampled is never computed
-        return -(-longest // self._page_size)
+        return -(-(len(entry.request.prompt_ids) + entry.max_output - 1) // self._page_size)  # the last token is never computed
 
     def _count_pages(self, request: Request) -> int:
         return -(-request.num_known // self._page_size)
