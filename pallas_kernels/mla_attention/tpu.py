@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tuning
 from pallas_kernels.mla_attention.reference import cache_shape
 from pallas_kernels.mla_attention.tpu_kernel import Refs, attention_kernel, write_kernel
-from pallas_kernels.mla_attention.tpu_plan import LANES, SUBLANES, TABLE_CHUNK, Plan, make_plan
+from pallas_kernels.mla_attention.tpu_plan import Plan, make_plan
+from pallas_kernels.tpu_walk import LANES, SUBLANES, lay_out_table
 
 __all__ = ["cache_shape", "mla_attention"]
 
@@ -52,7 +53,7 @@ def mla_attention(
     pages = _write(plan, index, new, pages, page_table, query_start, kv_len)
     q = jnp.concatenate([q_latent, q_rope], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, plan.num_heads - N), (0, 0))).reshape(T * plan.num_heads, plan.width)
-    out = _attend(plan, [index, query_start, kv_len], _table(plan, page_table), q, pages)
+    out = _attend(plan, [index, query_start, kv_len], lay_out_table(page_table, in_smem=plan.table_in_smem), q, pages)
     return out.reshape(T, plan.num_heads, C)[:, :N], pages
 
 
@@ -117,14 +118,6 @@ def _pages_of_rows(plan: Plan, new: jax.Array, query_start: jax.Array, kv_len: j
 
 
 # --- attending
-
-
-def _table(plan: Plan, page_table: jax.Array) -> jax.Array:
-    """Flat for SMEM, where rows would be padded to whole lanes; in whole tiles for HBM, from where DMAs take tiles."""
-    S, P = page_table.shape
-    if plan.table_in_smem:
-        return page_table.reshape(-1)
-    return jnp.pad(page_table, ((0, 0), (0, -P % TABLE_CHUNK))).reshape(S, -1, SUBLANES, LANES)
 
 
 def _attend(plan: Plan, scalars: list[jax.Array], table: jax.Array, q: jax.Array, pages: jax.Array) -> jax.Array:

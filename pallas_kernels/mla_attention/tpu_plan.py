@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
+from pallas_kernels.tpu_walk import LANES, SUBLANES, TABLE_CHUNK, round_up
 
-LANES = 128
-SUBLANES = 8
-TABLE_CHUNK = 1024  # page ids that one DMA brings from a page table in HBM: one tile of int32
 DTYPES = ("float32", "bfloat16")
 PREFILL_ROWS = 512  # queries times heads of a block: a page's bytes are read once for that many rows
 DECODE_ROWS = 1024  # the same for decodes, that share nothing: as many as spread the cost of a grid step
@@ -137,8 +135,3 @@ def _fit(plan: Plan, limits: tuning.TpuLimits) -> Plan:
                 f"{plan.num_heads} heads, vectors of {plan.width}, pages of {plan.page_size}: the smallest blocks take "
                 f"{candidate.vmem_bytes} bytes of VMEM, {limits.vmem_budget} are allowed"
             )
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple from n on."""
-    return -(-n // multiple) * multiple

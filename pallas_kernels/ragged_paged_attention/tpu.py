@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention.reference import cache_shape, encode
 from pallas_kernels.ragged_paged_attention.tpu_kernel import LOG2_E, Refs, attention_kernel
-from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, SUBLANES, TABLE_CHUNK, Plan, make_plan
+from pallas_kernels.ragged_paged_attention.tpu_plan import Plan, make_plan
+from pallas_kernels.tpu_walk import LANES, SUBLANES, lay_out_table
 
 __all__ = ["cache_shape", "ragged_paged_attention"]  # the contract's cache: a token's keys and values are one write
 
@@ -55,7 +56,9 @@ def ragged_paged_attention(
     new = jnp.stack([encode(k, k_scale, pages.dtype), encode(v, v_scale, pages.dtype)], axis=2).reshape(T, 2 * K, H)
     scalars = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(0 if window is None else window, jnp.int32)])
     patterns = [_pattern(plan, x * LOG2_E) for x in (alibi_slopes, sinks) if x is not None]
-    out, pages = _call(plan, scalars, query_start, kv_len, _table(plan, page_table), _group(plan, q), new, patterns, pages)
+    out, pages = _call(
+        plan, scalars, query_start, kv_len, lay_out_table(page_table, in_smem=plan.table_in_smem), _group(plan, q), new, patterns, pages
+    )
     return _ungroup(plan, out, q.shape), pages
 
 
@@ -81,15 +84,6 @@ def _pattern(plan: Plan, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32).reshape(K, 1, -1, 1)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.group - x.shape[2]), (0, 0)))
     return jnp.broadcast_to(x, (K, plan.unit, plan.group, LANES)).reshape(K, plan.unit * plan.group, LANES)
-
-
-def _table(plan: Plan, page_table: jax.Array) -> jax.Array:
-    """Flat for SMEM, where rows would be padded to whole lanes; in whole tiles for HBM, from where DMAs take tiles."""
-    S, P = page_table.shape
-    if plan.table_in_smem:
-        return page_table.reshape(-1)
-    padded = jnp.pad(page_table, ((0, 0), (0, -P % TABLE_CHUNK)))
-    return padded.reshape(S, -1, SUBLANES, LANES)
 
 
 def _call(

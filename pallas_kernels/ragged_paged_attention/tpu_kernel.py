@@ -1,10 +1,8 @@
 """The body of the TPU kernel: page writes, page fetches, and attention of one block of queries per grid step.
 
 1. The first step starts a DMA for each run of new tokens into its page and waits for all.
-2. A step walks the items of its block: an item is the tokens that one row of the batch has in the block.
-3. An item walks its context a block of pages at a time, from the first page in its window to the last one it may see. While a block is
-   attended to, the DMAs of the next one run, be it the same item's, the next item's, or the next step's.
-4. Fetched pages are unpacked once, so that a head's keys can be loaded; what lies beyond the context becomes zero there.
+2. Then each step goes over items and their context as tpu_walk.py says.
+3. Fetched pages are unpacked once, so that a head's keys can be loaded; what lies beyond the context becomes zero there.
    Loads with a stride of 8 rows or a multiple meet the same VMEM banks again and again, so such heads are transposed apart instead.
 
     fetched    [2 slots, pages, page_size, 2K, H]    as in the cache
@@ -18,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.reference import MASKED
-from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, SUBLANES, TABLE_CHUNK, Plan
+from pallas_kernels.ragged_paged_attention.tpu_plan import Plan
+from pallas_kernels.tpu_walk import LANES, SUBLANES, Item, Ref, Scalar, Walk, widen
 
-Ref: TypeAlias = Any
-Scalar: TypeAlias = jax.Array
 LOG2_E = math.log2(math.e)
 LOWEST = MASKED / 2  # of the running maximum: masked scores lie so far below it that their weight is exactly zero
-
-
-class Item(NamedTuple):
-    """The tokens [begin, end) that a row has in a block of queries, and the context they see."""
-
-    row: Scalar
-    begin: Scalar
-    end: Scalar
-    offset: Scalar  # position of a token minus its index
-    limit: Scalar  # keys from here on are not seen, or do not exist
-    first_page: Scalar
-    end_page: Scalar
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,93 +60,19 @@ class Refs:
 
 def attention_kernel(plan: Plan, r: Refs) -> None:
     """One grid step; everything it changes is in the refs."""
-    step = pl.program_id(0)
-
-    @pl.when(step == 0)
-    def _() -> None:
-        if not plan.table_in_smem:
-            r.chunk_of[0] = -1
-        _write_new(plan, r)
-        row = _row_with_tokens(plan, r, jnp.int32(0))
-        r.state[0], r.state[1] = row, 0
-
-        @pl.when(row < plan.num_rows)
-        def _() -> None:
-            item = _item(plan, r, row, step)
-            _fetch(plan, r, item, item.first_page, jnp.int32(0))
-
-    r.out[...] = jnp.zeros(r.out.shape, r.out.dtype)
-
-    def is_in_block(row: Scalar) -> Scalar:
-        begin = r.query_start[jnp.minimum(row, plan.num_rows)]
-        return (row < plan.num_rows) & (begin < (step + 1) * plan.block_tokens)
-
-    def attend(row: Scalar) -> Scalar:
-        _attend(plan, r, _item(plan, r, row, step), step)
-        continues = r.query_start[row + 1] > (step + 1) * plan.block_tokens
-        following = _row_with_tokens(plan, r, row + 1)
-        r.state[0] = jnp.where(continues, row, following)
-        return jnp.where(continues, plan.num_rows, following)  # out of the loop; the next step goes on with this row
-
-    lax.while_loop(is_in_block, attend, r.state[0])
-
-
-# --- items
-
-
-def _row_with_tokens(plan: Plan, r: Refs, row: Scalar) -> Scalar:
-    """The first row from this one on that has tokens in the step, or S."""
-
-    def is_empty(row: Scalar) -> Scalar:
-        index = jnp.minimum(row, plan.num_rows - 1)
-        return (row < plan.num_rows) & (r.query_start[index] == r.query_start[index + 1])
-
-    return lax.while_loop(is_empty, lambda row: row + 1, row)
-
-
-def _item(plan: Plan, r: Refs, row: Scalar, step: Scalar) -> Item:
-    begin = jnp.maximum(r.query_start[row], step * plan.block_tokens)
-    end = jnp.minimum(r.query_start[row + 1], (step + 1) * plan.block_tokens)
-    offset = r.kv_len[row] - r.query_start[row + 1]
-    limit = offset + end if plan.causal else r.kv_len[row]
-    low = jnp.int32(0)
-    if plan.windowed:  # at least one page, so that every item has a fetch to wait for
-        low = jnp.clip(offset + begin - r.scalars[1] + 1, 0, limit - 1)
-    return Item(row, begin, end, offset, limit, lax.div(low, plan.page_size), pl.cdiv(limit, plan.page_size))
-
-
-def _following(plan: Plan, r: Refs, item: Item, step: Scalar) -> tuple[Scalar, Scalar]:
-    """Row and step of the item after this one; row S if there is none."""
-    continues = r.query_start[item.row + 1] > (step + 1) * plan.block_tokens
-    row = jnp.where(continues, item.row, _row_with_tokens(plan, r, item.row + 1))
-    begins = lax.div(r.query_start[jnp.minimum(row, plan.num_rows)], plan.block_tokens)
-    return row, jnp.where(continues, step + 1, jnp.maximum(begins, step))
+    window = r.scalars[1] if plan.windowed else None
+    walk = Walk(plan, r, layer=r.scalars[0], window=window, place=lambda slot, index: r.fetched.at[slot, index])
+    walk.over_items(lambda: _write_new(plan, r, walk), lambda item: _attend(plan, r, walk, item))
 
 
 # --- pages
-
-
-def _page_id(plan: Plan, r: Refs, row: Scalar, page: Scalar) -> Scalar:
-    """Entry of the page table; a table in HBM is read a chunk at a time."""
-    if plan.table_in_smem:
-        return r.table[row * plan.table_width + page]
-    number, within = lax.div(page, TABLE_CHUNK), lax.rem(page, TABLE_CHUNK)
-
-    @pl.when((r.chunk_of[0] != row) | (r.chunk_of[1] != number))
-    def _() -> None:
-        copy = pltpu.make_async_copy(r.table.at[row, number], r.chunk, r.chunk_done)
-        copy.start()
-        r.chunk_of[0], r.chunk_of[1] = row, number
-        copy.wait()
-
-    return r.chunk[lax.div(within, LANES), lax.rem(within, LANES)]
 
 
 def _powers_of_two(limit: int) -> list[int]:
     return [1 << bit for bit in range(limit.bit_length()) if 1 << bit <= limit]
 
 
-def _write_new(plan: Plan, r: Refs) -> None:
+def _write_new(plan: Plan, r: Refs, walk: Walk) -> None:
     """Copy this step's keys and values into their slots, a run within a page at a time, and wait until they are there."""
     page_size, layer = plan.page_size, r.scalars[0]
     sizes = [1] if plan.one_token_rows else _powers_of_two(page_size)
@@ -177,7 +87,7 @@ def _write_new(plan: Plan, r: Refs) -> None:
             page = first + index
             low = jnp.maximum(page * page_size, offset + begin)
             count = jnp.minimum((page + 1) * page_size, offset + end) - low
-            page_id = _page_id(plan, r, row, page)
+            page_id = walk.page_id(row, page)
             for size in sizes:  # a run of 13 is copied as 1, 4 and 8: a DMA's size is static
                 done = lax.rem(count, size)
 
@@ -197,39 +107,6 @@ def _write_new(plan: Plan, r: Refs) -> None:
         def _(size: int = size) -> None:
             tokens = r.new.at[pl.ds(0, size)]  # a wait needs only the number of bytes
             pltpu.make_async_copy(tokens, tokens, r.write_done).wait()
-
-
-def _fetch(plan: Plan, r: Refs, item: Item, first_page: Scalar, slot: Scalar) -> None:
-    """Start the DMAs of a block of the item's pages into a slot."""
-    layer, count = r.scalars[0], item.end_page - first_page
-
-    def start(index: Scalar, _: None) -> None:
-        page = r.pages.at[layer, _page_id(plan, r, item.row, first_page + index)]
-        pltpu.make_async_copy(page, r.fetched.at[slot, index], r.fetch_done.at[slot]).start()
-
-    @pl.when(count >= plan.pages_per_block)
-    def _() -> None:  # the trip count is static, so that DMAs can be started in one go
-        lax.fori_loop(0, plan.pages_per_block, start, None, unroll=math.gcd(plan.pages_per_block, 8))
-
-    @pl.when(count < plan.pages_per_block)
-    def _() -> None:
-        lax.fori_loop(0, count, start, None)
-
-
-def _await(plan: Plan, r: Refs, item: Item, first_page: Scalar, slot: Scalar) -> None:
-    """Wait until the pages that _fetch started are there."""
-    count = item.end_page - first_page
-
-    def wait(target: Ref) -> None:
-        pltpu.make_async_copy(target, target, r.fetch_done.at[slot]).wait()  # a wait needs only the number of bytes
-
-    @pl.when(count >= plan.pages_per_block)
-    def _() -> None:
-        wait(r.fetched.at[slot])
-
-    @pl.when(count < plan.pages_per_block)
-    def _() -> None:
-        lax.fori_loop(0, count, lambda index, _: wait(r.fetched.at[slot, index]), None)
 
 
 def _unpack(plan: Plan, r: Refs, slot: Scalar, seen: Scalar) -> None:
@@ -284,32 +161,17 @@ def _head(plan: Plan, r: Refs, head: Scalar) -> tuple[jax.Array, jax.Array]:
 # --- attention
 
 
-def _attend(plan: Plan, r: Refs, item: Item, step: Scalar) -> None:
-    """Attend with one item; its first pages are on their way, and the following item's are when this returns."""
-    width = plan.pages_per_block
-    next_row, next_step = _following(plan, r, item, step)
-    _with_tile(plan, item, step, lambda tokens, first: _begin(plan, r, tokens))
+def _attend(plan: Plan, r: Refs, walk: Walk, item: Item) -> None:
+    """Attend with one item."""
+    step = walk.step
 
-    def body(index: Scalar, slot: Scalar) -> Scalar:
-        page = item.first_page + index * width
-        is_last = page + width >= item.end_page
-
-        @pl.when(jnp.logical_not(is_last))
-        def _() -> None:
-            _fetch(plan, r, item, page + width, 1 - slot)
-
-        @pl.when(is_last & (next_row < plan.num_rows))
-        def _() -> None:
-            following = _item(plan, r, next_row, next_step)
-            _fetch(plan, r, following, following.first_page, 1 - slot)
-
-        _await(plan, r, item, page, slot)
+    def fold(page: Scalar, slot: Scalar) -> None:
         start = page * plan.page_size
         _unpack(plan, r, slot, item.limit - start)
         _with_tile(plan, item, step, lambda tokens, first: _accumulate(plan, r, item, step, tokens, first, start))
-        return 1 - slot
 
-    r.state[1] = lax.fori_loop(0, pl.cdiv(item.end_page - item.first_page, width), body, r.state[1])
+    _with_tile(plan, item, step, lambda tokens, first: _begin(plan, r, tokens))
+    walk.over_context(item, fold)
     _with_tile(plan, item, step, lambda tokens, first: _finish(plan, r, item, step, tokens, first))
 
 
@@ -326,12 +188,6 @@ def _with_tile(plan: Plan, item: Item, step: Scalar, run: Callable[[int, Scalar]
             run(tokens, first)
 
         covered |= fits
-
-
-def _lanes(x: jax.Array, width: int) -> jax.Array:
-    """[rows, 128] with equal lanes -> [rows, width]."""
-    copies = -(-width // LANES)
-    return (x if copies == 1 else jnp.concatenate([x] * copies, axis=1))[:, :width]
 
 
 def _pattern(ref: Ref, head: Scalar, copies: int) -> jax.Array:
@@ -373,16 +229,16 @@ def _accumulate(plan: Plan, r: Refs, item: Item, step: Scalar, tokens: int, firs
         q = r.q[head, pl.ds(pl.multiple_of(first * plan.group, SUBLANES), rows)].astype(plan.compute_dtype)
         keys, values = _head(plan, r, head)
         scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        slopes = None if r.slopes is None else _lanes(_pattern(r.slopes, head, tokens // plan.unit), context)
-        scores = _biased(plan, scores, slopes, _lanes(query, context), start, item.limit, r.scalars[1])
+        slopes = None if r.slopes is None else widen(_pattern(r.slopes, head, tokens // plan.unit), context)
+        scores = _biased(plan, scores, slopes, widen(query, context), start, item.limit, r.scalars[1])
         top = r.top[head, tile]
         new_top = jnp.maximum(top, scores.max(axis=1, keepdims=True))
-        weights = jnp.exp2(scores - _lanes(new_top, context))
+        weights = jnp.exp2(scores - widen(new_top, context))
         shrink = jnp.exp2(top - new_top)
         r.top[head, tile] = new_top
         r.total[head, tile] = r.total[head, tile] * shrink + weights.sum(axis=1, keepdims=True)
         added = lax.dot(weights.astype(plan.compute_dtype), values, precision=precision, preferred_element_type=jnp.float32)
-        r.sums[head, tile] = r.sums[head, tile] * _lanes(shrink, plan.head_size) + added
+        r.sums[head, tile] = r.sums[head, tile] * widen(shrink, plan.head_size) + added
 
     _for_heads(plan, rows, accumulate)
 
@@ -412,7 +268,7 @@ def _finish(plan: Plan, r: Refs, item: Item, step: Scalar, tokens: int, first: S
 
     def finish(head: Scalar) -> None:
         tile = pl.ds(pl.multiple_of(first * plan.group, SUBLANES), rows)
-        total = _lanes(jnp.maximum(r.total[head, pl.ds(0, rows)], 1e-30), H)
+        total = widen(jnp.maximum(r.total[head, pl.ds(0, rows)], 1e-30), H)
         out = r.sums[head, pl.ds(0, rows)] / total * plan.value_scale
         out = jnp.where(is_own, out, r.out[head, tile].astype(jnp.float32))
         r.out[head, tile] = out.astype(r.out.dtype)

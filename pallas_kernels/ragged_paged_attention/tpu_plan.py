@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
+from pallas_kernels.tpu_walk import LANES, SUBLANES, TABLE_CHUNK, round_up
 
-LANES = 128
-SUBLANES = 8
-TABLE_CHUNK = 1024  # page ids that one DMA brings from a page table in HBM: one tile of int32
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 QUERY_DTYPES = ("float32", "bfloat16")
 PREFILL_ROWS = 512  # query rows per KV head of a long prompt's tile: KV bytes are read once for that many rows
@@ -98,14 +96,14 @@ class Plan:
     @property
     def vmem_bytes(self) -> int:
         """Scratch, double-buffered blocks, and the temporaries of the largest tile."""
-        K, H = self.num_kv_heads, _round_up(self.head_size, LANES)
+        K, H = self.num_kv_heads, round_up(self.head_size, LANES)
         rows, tile_rows = self.block_tokens * self.group, self.tiles[-1] * self.group
         item = self.cache_dtype.itemsize
         cached = 2 * self.context * _padded_heads(2 * K, item) * H * item
         unpacked = math.prod(self.unpacked_shape[:3]) * LANES * 4
         blocks = 2 * 2 * K * rows * H * self.query_dtype.itemsize
         state = K * tile_rows * (2 * LANES + H) * 4
-        patterns = 2 * 2 * K * _round_up(self.unit * self.group, SUBLANES) * LANES * 4
+        patterns = 2 * 2 * K * round_up(self.unit * self.group, SUBLANES) * LANES * 4
         temporaries = 4 * tile_rows * self.context * 4 + 4 * self.context * H * 4 + 3 * tile_rows * H * 4
         return cached + unpacked + blocks + state + patterns + temporaries
 
@@ -179,7 +177,7 @@ def _group_and_unit(G: int, packing: int) -> tuple[int, int]:
     unit = packing // math.gcd(packing, G)
     if unit * G <= 4 * packing:
         return G, unit
-    return _round_up(G, packing), 1
+    return round_up(G, packing), 1
 
 
 def _fit(plan: Plan, limits: tuning.TpuLimits) -> Plan:
@@ -206,7 +204,7 @@ def _fit(plan: Plan, limits: tuning.TpuLimits) -> Plan:
 def _heuristic_context(plan: Plan) -> int:
     """Keys per block: about BLOCK_BYTES, between 128 and 512 of them."""
     key_bytes = (
-        _padded_heads(2 * plan.num_kv_heads, plan.cache_dtype.itemsize) * _round_up(plan.head_size, LANES) * plan.cache_dtype.itemsize
+        _padded_heads(2 * plan.num_kv_heads, plan.cache_dtype.itemsize) * round_up(plan.head_size, LANES) * plan.cache_dtype.itemsize
     )
     return min(max(BLOCK_BYTES // key_bytes, LANES), 4 * LANES)
 
@@ -220,8 +218,8 @@ def _with_blocks(plan: Plan, tokens: int, context: int) -> Plan:
     """The plan with blocks near these sizes, in whole tiles and lanes, and no larger than the batch."""
     least = _least_pages(plan)
     pages = min(context // plan.page_size, plan.table_width)
-    block = min(max(tokens // plan.unit, 1) * plan.unit, _round_up(plan.num_tokens, plan.unit))
-    middle = _round_up(-(-MIDDLE_ROWS // plan.group), plan.unit)
+    block = min(max(tokens // plan.unit, 1) * plan.unit, round_up(plan.num_tokens, plan.unit))
+    middle = round_up(-(-MIDDLE_ROWS // plan.group), plan.unit)
     tiles = (plan.unit,) if plan.one_token_rows else tuple(sorted({plan.unit, min(middle, block), block}))
     return dataclasses.replace(plan, block_tokens=block, tiles=tiles, pages_per_block=max(pages // least, 1) * least)
 
@@ -229,8 +227,4 @@ def _with_blocks(plan: Plan, tokens: int, context: int) -> Plan:
 def _padded_heads(heads: int, itemsize: int) -> int:
     """Rows that [heads, H] takes in memory: a power of two of whole words up to one tile, then whole tiles."""
     packing = 4 // itemsize
-    return max(packing, 1 << (heads - 1).bit_length()) if heads < SUBLANES * packing else _round_up(heads, SUBLANES * packing)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    return max(packing, 1 << (heads - 1).bit_length()) if heads < SUBLANES * packing else round_up(heads, SUBLANES * packing)
