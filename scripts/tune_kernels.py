@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -38,13 +37,6 @@ CANDIDATES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
 _WORTH_KEEPING = 0.98
 
 
-@dataclasses.dataclass(slots=True)
-class Lookups:
-    """What a call asked of the tuned sizes: (device, key) in order."""
-
-    asked: list[tuple[str, str]]
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description="Find block sizes on the device at hand.", allow_abbrev=False)
@@ -65,11 +57,11 @@ def main() -> None:
 
 def tune(case: Case, kinds: dict[str, dict[str, tuple[int, ...]]], repeats: int) -> dict[tuple[str, str], dict[str, int]]:
     """(device, key) -> the best sizes, for the keys that the case's call looks up."""
-    with sizes_are({}) as lookups:
+    with sizes_are({}) as asked:
         before_s = measure(case, repeats)
     print(f"{case.name}: heuristic {1e3 * before_s:.3f} ms", flush=True)
     best: dict[tuple[str, str], dict[str, int]] = {}
-    for device, key in dict.fromkeys(lookups.asked):
+    for device, key in dict.fromkeys(asked):
         grid = kinds.get(key.split()[0])
         if grid is None:
             continue
@@ -100,17 +92,17 @@ def measure_or_pass(case: Case, repeats: int) -> float | None:
 
 
 @contextlib.contextmanager
-def sizes_are(sizes: dict[str, dict[str, int]]) -> Iterator[Lookups]:
-    """Inside, kernels find these sizes by key, and none for other keys."""
-    lookups = Lookups([])
+def sizes_are(sizes: dict[str, dict[str, int]]) -> Iterator[list[tuple[str, str]]]:
+    """Inside, kernels find these sizes by key, and none for other keys; yields the (device, key) pairs that they ask for."""
+    asked: list[tuple[str, str]] = []
 
     def look_up(device: str, op: str, key: str) -> dict[str, int] | None:
         assert op == OP, f"{op=} is not tuned here"
-        lookups.asked.append((device, key))
+        asked.append((device, key))
         return sizes.get(key)
 
     with mock.patch.object(tuning, "tuned", look_up):
-        yield lookups
+        yield asked
 
 
 def write(found: dict[tuple[str, str], dict[str, int]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy, which safetensors looks up by name
@@ -68,13 +68,7 @@ def open_safetensors(path: pathlib.Path) -> SafetensorsCheckpoint:
     Raises: ConfigError listing every missing or damaged shard and every tensor that cannot be read.
     """
     problems: list[str] = []
-    places: dict[str, str] = {}
-    if path.is_file():
-        folder, names = path.parent, [path.name]
-    else:
-        folder = path
-        places = read_index(path / INDEX_NAME, problems) if (path / INDEX_NAME).exists() else {}
-        names = sorted(set(places.values())) if places or problems else _unindexed(path)
+    folder, names, places = find_shards(path, INDEX_NAME, _unindexed, problems)
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as opened:
         for name in names:
@@ -85,6 +79,16 @@ def open_safetensors(path: pathlib.Path) -> SafetensorsCheckpoint:
         raise_problems(path, problems)
         opened.pop_all()  # they stay open: the checkpoint closes them
     return SafetensorsCheckpoint(path, files, places, tensors)
+
+
+def find_shards(
+    path: pathlib.Path, index_name: str, unindexed: Callable[[pathlib.Path], list[str]], problems: list[str]
+) -> tuple[pathlib.Path, list[str], dict[str, str]]:
+    """Of a file or a directory: the folder, the names of its weight files, and tensor -> file where an index says so."""
+    if path.is_file():
+        return path.parent, [path.name], {}
+    places = read_index(path / index_name, problems) if (path / index_name).exists() else {}
+    return path, sorted(set(places.values())) if places or problems else unindexed(path), places
 
 
 def _unindexed(directory: pathlib.Path) -> list[str]:

@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.weights.safetensors import read_index
+from jaxserve.weights.safetensors import find_shards
 from jaxserve.weights.tensor_pickle import PickledTensor, PickleError, read_tensor_pickle
 from jaxserve.weights.tensors import Checkpoint, TensorInfo, raise_problems
 
@@ -135,13 +135,7 @@ def open_torch(path: pathlib.Path) -> TorchCheckpoint:
     Raises: ConfigError listing every missing or damaged shard, what is in them beside tensors, and what the index has wrong.
     """
     problems: list[str] = []
-    places: dict[str, str] = {}
-    if path.is_file():
-        folder, names = path.parent, [path.name]
-    else:
-        folder = path
-        places = read_index(path / BIN_INDEX_NAME, problems) if (path / BIN_INDEX_NAME).exists() else {}
-        names = sorted(set(places.values())) if places or problems else weight_files(path)
+    folder, names, places = find_shards(path, BIN_INDEX_NAME, weight_files, problems)
     files: dict[str, _File] = {}
     with contextlib.ExitStack() as opened:
         for name in names:

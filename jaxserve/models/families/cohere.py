@@ -74,17 +74,13 @@ _HEAD_NORMS = {
     f"attention.{part}_norm.norm.weight": stored(f"model.layers.{{i}}.self_attn.{part}_layernorm.norms.{{h}}.weight", layout="stacked")
     for part in "qk"
 }
-COHERE = Family(
-    architectures=("CohereForCausalLM",), spec=cohere_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-COHERE2 = Family(
-    architectures=("Cohere2ForCausalLM",), spec=cohere2_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
+COHERE = parts.llama_family(cohere_spec, "CohereForCausalLM")
+COHERE2 = parts.llama_family(cohere2_spec, "Cohere2ForCausalLM")
 STABLELM = Family(
     architectures=("StableLmForCausalLM",), spec=stablelm_spec,
     layer_names={**parts.llama_layer_names(), **_HEAD_NORMS}, model_names=parts.llama_model_names(),
 )  # fmt: skip
-GLM = Family(architectures=("GlmForCausalLM",), spec=glm_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names())
+GLM = parts.llama_family(glm_spec, "GlmForCausalLM")
 GLM4 = Family(
     architectures=("Glm4ForCausalLM",),
     spec=glm4_spec,

@@ -82,8 +82,6 @@ def _model(config: HfConfig, layers: list[LayerSpec]) -> ModelSpec:
 _SANDWICH = parts.llama_layer_names(
     attention_post_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm", mlp_post_norm="post_feedforward_layernorm"
 )
-GEMMA = Family(
-    architectures=("GemmaForCausalLM",), spec=gemma_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
+GEMMA = parts.llama_family(gemma_spec, "GemmaForCausalLM")
 GEMMA2 = Family(architectures=("Gemma2ForCausalLM",), spec=gemma2_spec, layer_names=_SANDWICH, model_names=parts.llama_model_names())
 GEMMA3 = Family(architectures=("Gemma3ForCausalLM",), spec=gemma3_spec, layer_names=_SANDWICH, model_names=parts.llama_model_names())

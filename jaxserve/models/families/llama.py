@@ -6,7 +6,6 @@ import dataclasses
 
 from jaxserve.models.families import parts
 from jaxserve.models.hf_config import HfConfig
-from jaxserve.models.names import Family
 from jaxserve.models.spec import LayerSpec, ModelSpec
 
 
@@ -26,9 +25,4 @@ def llama_spec(config: HfConfig) -> ModelSpec:
     return parts.read_model(config, llama_layer(config))
 
 
-LLAMA = Family(
-    architectures=("LlamaForCausalLM",),
-    spec=llama_spec,
-    layer_names=parts.llama_layer_names(),
-    model_names=parts.llama_model_names(),
-)
+LLAMA = parts.llama_family(llama_spec, "LlamaForCausalLM")

@@ -71,9 +71,7 @@ def _unscaled(rope: RopeSpec) -> RopeSpec:
 
 
 _POST = parts.llama_layer_names(attention_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm")
-OLMO = Family(
-    architectures=("OlmoForCausalLM",), spec=olmo_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
+OLMO = parts.llama_family(olmo_spec, "OlmoForCausalLM")
 OLMO2 = Family(architectures=("Olmo2ForCausalLM",), spec=olmo2_spec, layer_names=_POST, model_names=parts.llama_model_names())
 OLMO3 = Family(architectures=("Olmo3ForCausalLM",), spec=olmo3_spec, layer_names=_POST, model_names=parts.llama_model_names())
 EXAONE4 = Family(architectures=("Exaone4ForCausalLM",), spec=exaone4_spec, layer_names=_POST, model_names=parts.llama_model_names())

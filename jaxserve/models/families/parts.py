@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
-from jaxserve.models.names import Names, stored, with_leaves
+from jaxserve.models.names import Family, Names, stored, with_leaves
 from jaxserve.models.spec import (
     Activation,
     AttentionSpec,
@@ -252,3 +252,8 @@ def llama_layer_names(**other: str) -> Names:
 def llama_model_names(final_norm: str = "model.norm") -> Names:
     """Llama's names of the parameters outside its layers."""
     return with_leaves({"embed": stored("model.embed_tokens"), "final_norm": stored(final_norm), "head": stored("lm_head")})
+
+
+def llama_family(spec: Callable[[HfConfig], ModelSpec], *architectures: str) -> Family:
+    """A family whose tensors have Llama's names."""
+    return Family(architectures=architectures, spec=spec, layer_names=llama_layer_names(), model_names=llama_model_names())

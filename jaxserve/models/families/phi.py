@@ -40,6 +40,4 @@ PHI = Family(
     ),
     model_names=parts.llama_model_names("model.final_layernorm"),
 )  # fmt: skip
-PHI3 = Family(
-    architectures=("Phi3ForCausalLM",), spec=phi3_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
+PHI3 = parts.llama_family(phi3_spec, "Phi3ForCausalLM")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from jaxserve.models.families import parts
 from jaxserve.models.families.llama import llama_layer
 from jaxserve.models.hf_config import HfConfig
-from jaxserve.models.names import Family
 from jaxserve.models.spec import LayerSpec, ModelSpec, QkNormSpec
 
 
@@ -30,9 +29,5 @@ def _windowed(config: HfConfig, layer: LayerSpec) -> ModelSpec:
     return parts.read_model(config, [parts.with_attention(layer, window=window if kind == parts.SLIDING else None) for kind in kinds])
 
 
-QWEN2 = Family(
-    architectures=("Qwen2ForCausalLM",), spec=qwen2_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-QWEN3 = Family(
-    architectures=("Qwen3ForCausalLM",), spec=qwen3_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
+QWEN2 = parts.llama_family(qwen2_spec, "Qwen2ForCausalLM")
+QWEN3 = parts.llama_family(qwen3_spec, "Qwen3ForCausalLM")

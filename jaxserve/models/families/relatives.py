@@ -103,34 +103,14 @@ def exaone_spec(config: HfConfig) -> ModelSpec:
 
 
 _H, _I = "transformer.h.{i}.", "model.layers.{i}."
-MISTRAL = Family(
-    architectures=("MistralForCausalLM", "MinistralForCausalLM"), spec=mistral_spec, layer_names=parts.llama_layer_names(),
-    model_names=parts.llama_model_names(),
-)  # fmt: skip
-ARCEE = Family(
-    architectures=("ArceeForCausalLM",), spec=arcee_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-SEED_OSS = Family(
-    architectures=("SeedOssForCausalLM",), spec=seed_oss_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-SMOLLM3 = Family(
-    architectures=("SmolLM3ForCausalLM",), spec=smollm3_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-GRANITE = Family(
-    architectures=("GraniteForCausalLM",), spec=granite_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-MINICPM = Family(
-    architectures=("MiniCPMForCausalLM",), spec=minicpm_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-NEMOTRON = Family(
-    architectures=("NemotronForCausalLM",), spec=nemotron_spec, layer_names=parts.llama_layer_names(), model_names=parts.llama_model_names()
-)
-INTERNLM3 = Family(
-    architectures=("InternLM3ForCausalLM",),
-    spec=internlm_spec,
-    layer_names=parts.llama_layer_names(),
-    model_names=parts.llama_model_names(),
-)
+MISTRAL = parts.llama_family(mistral_spec, "MistralForCausalLM", "MinistralForCausalLM")
+ARCEE = parts.llama_family(arcee_spec, "ArceeForCausalLM")
+SEED_OSS = parts.llama_family(seed_oss_spec, "SeedOssForCausalLM")
+SMOLLM3 = parts.llama_family(smollm3_spec, "SmolLM3ForCausalLM")
+GRANITE = parts.llama_family(granite_spec, "GraniteForCausalLM")
+MINICPM = parts.llama_family(minicpm_spec, "MiniCPMForCausalLM")
+NEMOTRON = parts.llama_family(nemotron_spec, "NemotronForCausalLM")
+INTERNLM3 = parts.llama_family(internlm_spec, "InternLM3ForCausalLM")
 INTERNLM2 = Family(
     architectures=("InternLM2ForCausalLM",),
     spec=internlm_spec,
