@@ -6,25 +6,41 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.linear import matmul
+from jaxserve.models.linear import cut_param, matmul, size_of
 from jaxserve.models.spec import LearnedPositions
+from jaxserve.sharding import WHOLE, Split
 
 
 class Embed(nnx.Module):
-    """The [V, D] matrix that embeds tokens, or, as a head of its own, projects to logits, with a bias if there is one."""
+    """The [V, D] matrix that embeds tokens, or, as a head of its own, projects to logits, with a bias if there is one.
 
-    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, bias: bool = False) -> None:
-        self.weight = nnx.Param(jax.ShapeDtypeStruct((vocab_size, width), dtype))
-        self.bias = nnx.Param(jax.ShapeDtypeStruct((vocab_size,), dtype)) if bias else None
+    Its rows are dealt out: a token is embedded by the device that has its row, and the logits of all are brought together.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, bias: bool = False, split: Split = WHOLE) -> None:
+        self.vocab_size, self.cut = vocab_size, split.even("vocab", 0, vocab_size)
+        num_rows = size_of(self.cut, vocab_size)
+        self.weight = cut_param((num_rows, width), dtype, self.cut)
+        self.bias = cut_param((num_rows,), dtype, self.cut) if bias else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[T, D] for i32[T]; ids outside the vocabulary (padding) take the nearest valid one."""
-        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        if self.cut is None:
+            return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        row = jnp.clip(tokens, 0, self.vocab_size - 1) - self.cut.index() * self.cut.size
+        found = jnp.take(self.weight[...], row, axis=0, mode="clip")
+        return self.cut.sum(jnp.where(((row >= 0) & (row < self.cut.size))[:, None], found, jnp.zeros((), found.dtype)))
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """f32[T, V] for [T, D]."""
+        """f32[T, V] for [T, D]: of this device's rows only; see `gather`."""
         logits = matmul(x, self.weight[...], dtype=jnp.dtype(jnp.float32))
-        return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(jnp.float32)
+        return logits
+
+    def gather(self, logits: jax.Array) -> jax.Array:
+        """The logits of all devices, f32[T, V]."""
+        return logits if self.cut is None else self.cut.gather(logits)[:, : self.vocab_size]
 
 
 class PositionEmbed(nnx.Module):

@@ -28,7 +28,8 @@ _HARMLESS = frozenset((
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values",
     "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p",
     "use_bfloat16", "cache_implementation", "activation_dropout", "embed_dropout", "embedding_dropout",
-    "attention_softmax_in_fp32", "initializer_factor",
+    "attention_softmax_in_fp32", "initializer_factor", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    "input_jitter_noise", "aux_loss_alpha", "seq_aux",
 ))  # fmt: skip
 # Keys that change nothing while they hold this value.
 _NEUTRAL: Mapping[str, Any] = types.MappingProxyType(
@@ -54,11 +55,18 @@ MODEL_TYPES: Mapping[str, str] = types.MappingProxyType(
         "starcoder2": "Starcoder2ForCausalLM", "opt": "OPTForCausalLM", "bloom": "BloomForCausalLM", "falcon": "FalconForCausalLM",
         "olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "cohere": "CohereForCausalLM",
         "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM",
+        "bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel", "distilbert": "DistilBertModel",
+        "modernbert": "ModernBertModel",
+        "mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM",
+        "deepseek_v3": "DeepseekV3ForCausalLM", "glm4_moe": "Glm4MoeForCausalLM", "granitemoe": "GraniteMoeForCausalLM",
+        "granitemoeshared": "GraniteMoeSharedForCausalLM", "phimoe": "PhimoeForCausalLM", "dbrx": "DbrxForCausalLM",
+        "llama4_text": "Llama4ForCausalLM",
     }
 )  # fmt: skip
 _ROPE_NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
-    "beta_fast", "beta_slow", "partial_rotary_factor",
+    "beta_fast", "beta_slow", "partial_rotary_factor", "short_mscale", "long_mscale",
 )  # fmt: skip
 
 

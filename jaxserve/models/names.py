@@ -9,7 +9,10 @@ from typing import Literal
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.spec import ModelSpec
 
-Layout = Literal["rows", "transposed", "by_kv_head", "stacked"]
+Layout = Literal[
+    "rows", "transposed", "by_kv_head", "stacked", "head_starts", "head_ends",
+    "expert", "expert_transposed", "expert_pairs", "expert_transposed_pairs",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,9 +20,13 @@ class Stored:
     """The checkpoint tensors that make up a parameter, joined along their first axis.
 
     Args:
-      names: {i} is the layer's number; {h} repeats the name for each head.
+      names: {i} is the layer's number; {h} repeats the name for each head; {e} is the expert's number.
       layout: of each tensor. "rows" as our parameters are; "transposed" [in, out]; "by_kv_head" the rows of fused queries, keys and values
-        lie KV head after KV head, [its queries | its key | its value]; "stacked" is one row of the parameter.
+        lie KV head after KV head, [its queries | its key | its value]; "stacked" is one row of the parameter; "head_starts" and "head_ends"
+        are the first and the last rows of each head, as many as the parameter has.
+        Parameters of experts are read one expert at a time. A tensor whose name has no {e} holds those of all, one after the other along
+        its first axis. "expert" is [out, in], which the parameter has the other way round; "expert_transposed" [in, out]; with "pairs",
+        outputs 2j and 2j + 1 are the parameter's j and j + half.
     """
 
     names: tuple[str, ...]
@@ -60,6 +67,7 @@ class Family:
       model_names: the same for parameters outside the layers.
       optional_prefix: of tensor names, which some checkpoints leave out.
       ignored: endings of tensors that hold nothing to be learnt, such as masks.
+      predicts_ahead: checkpoints may have layers after the model's own, which guess further tokens and are left out.
     """
 
     architectures: tuple[str, ...]
@@ -68,3 +76,4 @@ class Family:
     model_names: Names
     optional_prefix: str = ""
     ignored: tuple[str, ...] = ()
+    predicts_ahead: bool = False

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.models.linear import cut_param
 from jaxserve.models.spec import NormSpec
+from jaxserve.sharding import Cut
 
 
 class Norm(nnx.Module):
@@ -14,13 +16,16 @@ class Norm(nnx.Module):
 
     Args:
       shape: of the weights: the width of the last axis, or the last axes if vectors before it have weights of their own.
+      cut: how such vectors are dealt out to devices; shape is a device's.
     """
 
-    def __init__(self, spec: NormSpec, shape: int | tuple[int, ...], *, repeats: int | None, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, spec: NormSpec, shape: int | tuple[int, ...], *, repeats: int | None, dtype: jnp.dtype, cut: Cut | None = None
+    ) -> None:
         self.spec = spec
         whole = (*(() if repeats is None else (repeats,)), *((shape,) if isinstance(shape, int) else shape))
-        self.weight = nnx.Param(jax.ShapeDtypeStruct(whole, dtype)) if spec.weight else None
-        self.bias = nnx.Param(jax.ShapeDtypeStruct(whole, dtype)) if spec.bias else None
+        self.weight = cut_param(whole, dtype, cut) if spec.weight else None
+        self.bias = cut_param(whole, dtype, cut) if spec.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize [..., *shape]; statistics in float32, result in x's dtype.

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from jaxserve.models.decoder import Decoder
+from jaxserve.sharding import Cut
 
 Params = dict[str, jax.Array]
 ModelGraph = nnx.GraphDef[Decoder]
@@ -20,6 +21,11 @@ def split_model(model: Decoder) -> tuple[ModelGraph, dict[str, jax.ShapeDtypeStr
     leaves: dict[str, jax.ShapeDtypeStruct] = {}
     _flatten(nnx.to_pure_dict(state), (), leaves)
     return graphdef, leaves
+
+
+def model_cuts(model: Decoder) -> dict[str, tuple[Cut, ...]]:
+    """How each parameter of an abstract model is dealt out to devices, by its path."""
+    return {".".join(map(str, path)): variable.get_metadata().get("cuts", ()) for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
 def merge_model(graphdef: ModelGraph, params: Mapping[str, Any]) -> Decoder:

@@ -35,8 +35,8 @@ def rope_frequencies(spec: RopeSpec) -> np.ndarray:
         case DynamicScaling(factor=factor, original_len=original_len, max_len=max_len):
             stretch = factor * max(max_len, original_len) / original_len - (factor - 1)
             frequencies = 1.0 / (spec.theta * stretch ** (spec.dim / (spec.dim - 2))) ** pairs
-        case LongRopeScaling(short=short, long=long, original_len=original_len, max_len=max_len):
-            frequencies = frequencies / np.array(long if max_len > original_len else short)
+        case LongRopeScaling(short=short, long=long, is_long=is_long):
+            frequencies = frequencies / np.array(long if is_long else short)
     return frequencies.astype(np.float32)
 
 
@@ -75,7 +75,10 @@ def rope_angles(positions: jax.Array, specs: tuple[RopeSpec, ...]) -> Angles:
 def _rotation(angles: jax.Array, spec: RopeSpec) -> tuple[jax.Array, jax.Array]:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if isinstance(spec.scaling, YarnScaling | LongRopeScaling):
-        cos, sin = cos * spec.scaling.attention_factor, sin * spec.scaling.attention_factor
+        factor = spec.scaling.attention_factor
+        if isinstance(spec.scaling, LongRopeScaling) and spec.scaling.is_long and spec.scaling.long_attention_factor is not None:
+            factor = spec.scaling.long_attention_factor
+        cos, sin = cos * factor, sin * factor
     return jnp.stack([cos] * 2, axis=2), jnp.stack([-sin, sin], axis=2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2"]
+from jaxserve.models.mlp_spec import Activation, MlpSpec, MoeSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,7 @@ class LongRopeScaling:
     Args:
       short, long: a divisor for each pair of features.
       attention_factor: multiplies cosine and sine.
+      long_attention_factor: does so instead where the long divisors hold; None is the same.
       max_len: tokens of the longest text there can be.
     """
 
@@ -84,6 +85,12 @@ class LongRopeScaling:
     attention_factor: float
     original_len: int
     max_len: int
+    long_attention_factor: float | None = None
+
+    @property
+    def is_long(self) -> bool:
+        """Whether texts may exceed original_len."""
+        return self.max_len > self.original_len
 
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
@@ -117,15 +124,28 @@ class QkNormSpec:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LogTemperature:
+    """Queries at position p are multiplied by 1 + scale * log(1 + floor((p + 1) / period))."""
+
+    period: float
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Causal attention with num_kv_heads shared by num_heads queries.
+    """Attention with num_kv_heads shared by num_heads queries.
 
     Args:
+      causal: a query sees no key after its own; otherwise all of its text.
       sm_scale: multiplies the scores.
       clip: queries, keys and values are cut to -clip .. clip.
-      window: tokens that a query sees, itself included; None is unlimited.
+      clip_normed: they are cut after queries and keys are normalized, not before.
+      window: tokens that a query sees, itself included, and if not causal as many of those after it; None is unlimited.
+      chunk: texts are cut into chunks of so many tokens, and a query sees no key of another chunk; None is not.
+      temperature: of queries, by their position.
       softcap: scores become softcap * tanh(scores / softcap).
       alibi_slopes: one a head; the distance to a key times the slope is taken from its score.
+      sinks: each head has a learned logit that joins the softmax and has no value.
     """
 
     num_heads: int
@@ -136,23 +156,54 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     clip: float | None = None
+    clip_normed: bool = False
     qk_norm: QkNormSpec | None = None
     window: int | None = None
+    chunk: int | None = None
+    temperature: LogTemperature | None = None
     softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    sinks: bool = False
+    causal: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MlpSpec:
-    """Feed-forward layer of hidden width `width`: down(activation(gate(x)) * up(x)), or down(activation(up(x))) if not gated."""
+class MlaSpec:
+    """Causal attention whose keys and values are projections of one small latent a token, which is all that is cached (DeepSeek).
 
-    width: int
-    activation: Activation
-    bias: bool = False
-    gated: bool = True
+    Args:
+      latent_size: C, of the latent; rope.dim more numbers a token are a key that all heads share, the only ones with positions.
+      nope_size: of a head's queries and keys beside the rotated part.
+      value_size: of a head's values.
+      q_rank: queries are projected to so many numbers, normalized, and then to heads; None projects them at once.
+      sm_scale: multiplies the scores.
+      norm: of latents, and of queries between their projections.
+      down_bias: the projections to latents have a bias.
+    """
+
+    num_heads: int
+    latent_size: int
+    nope_size: int
+    value_size: int
+    q_rank: int | None
+    rope: RopeSpec
+    sm_scale: float
+    norm: NormSpec
+    down_bias: bool = False
+    out_bias: bool = False
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Every head has keys and values of its own, though none is cached."""
+        return self.num_heads
+
+    @property
+    def causal(self) -> bool:
+        """A query sees no key after its own."""
+        return True
 
 
-Placement = Literal["pre", "sandwich", "post", "post_sum", "pre_carried", "parallel", "parallel_shared"]
+Placement = Literal["pre", "pre_mlp", "sandwich", "post", "post_sum", "pre_carried", "parallel", "parallel_shared"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,14 +212,15 @@ class LayerSpec:
 
     Args:
       norm: the kind of all the block's norms.
-      placement: "pre" x += f(norm(x)); "sandwich" x += norm'(f(norm(x))); "post" x += norm(f(x)); "post_sum" x = norm(x + f(x));
+      placement: "pre" x += f(norm(x)); "pre_mlp" the same without the attention's norm; "sandwich" x += norm'(f(norm(x)));
+        "post" x += norm(f(x)); "post_sum" x = norm(x + f(x));
         "pre_carried" x = norm(x) + f(norm(x)); "parallel" x += attention(norm(x)) + mlp(norm'(x)); "parallel_shared" the same with one
         norm.
       residual_scale: multiplies what f adds.
     """
 
-    attention: AttentionSpec
-    mlp: MlpSpec
+    attention: AttentionSpec | MlaSpec
+    mlp: MlpSpec | MoeSpec
     norm: NormSpec
     placement: Placement = "pre"
     residual_scale: float = 1.0
@@ -182,9 +234,41 @@ class LearnedPositions:
     offset: int = 0
 
 
+PoolMethod = Literal["cls", "last", "mean", "max", "weighted_mean", "mean_sqrt_len"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLayerSpec:
+    """A layer behind pooling: norm(activation(W x + b)), to `width` features; activation and norm may be missing."""
+
+    width: int
+    bias: bool = True
+    activation: Activation | Literal["tanh", "identity"] = "identity"
+    norm: NormSpec | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """A text's hidden states as one vector.
+
+    Args:
+      method: "cls" takes the first token's; "last" the last one's; "mean" and "max" are over all; "weighted_mean" counts token i,
+        from 1 on, i times; "mean_sqrt_len" divides the sum by the root of the number of tokens.
+      layers: what the vector goes through then, such as a classifier.
+    """
+
+    method: PoolMethod
+    layers: tuple[PoolLayerSpec, ...] = ()
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether more hidden states go into the vector than the last one."""
+        return self.method != "last"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A whole decoder.
+    """A whole decoder, or an encoder: one whose layers are not causal.
 
     Args:
       width: D.
@@ -196,9 +280,11 @@ class ModelSpec:
       embed_scale: multiplies embeddings, rounded to their dtype.
       embed_norm: normalizes embeddings.
       positions: learned vectors that are added to embeddings.
+      token_types: learned vectors for the parts of a text, one of which is added to each embedding; 0 is none.
       head_bias: the logits have a bias.
       logit_scale: multiplies logits, before the softcap.
       logit_softcap: logits become softcap * tanh(logits / softcap).
+      pool: the model turns texts into vectors; it has no head then.
     """
 
     width: int
@@ -211,9 +297,16 @@ class ModelSpec:
     embed_scale: float = 1.0
     embed_norm: NormSpec | None = None
     positions: LearnedPositions | None = None
+    token_types: int = 0
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    pool: PoolSpec | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token's hidden state depends on nothing after it, so that texts can be computed in parts."""
+        return all(layer.attention.causal for layer in self.layers)
 
 
 def limit_length(spec: ModelSpec, max_len: int) -> ModelSpec:

@@ -144,6 +144,8 @@ def _post_processing(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ..
     """What the post-processor of tokenizer.json puts around a text."""
     if backend.post_processor is None:
         return (), ()
+    backend.no_padding()  # files of embedding models pad every text to one length
+    backend.no_truncation()
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     for start in range(len(whole) - len(plain) + 1):

@@ -10,7 +10,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer as Backend
 
@@ -72,6 +72,47 @@ class Tokenizer:
             raise UserError("prompt", "the text is not valid Unicode: it holds half of a surrogate pair") from None
         return self._prefix_ids + ids + self._suffix_ids if add_special_tokens else ids
 
+    def encode_pair(
+        self, first: str, second: str, *, max_first: int | None = None, max_second: int | None = None, max_tokens: int | None = None
+    ) -> tuple[list[int], int | None]:
+        """The token ids of two texts as one, with what the model expects around and between them.
+
+        Args:
+          max_first, max_second: tokens of each text to keep, from its beginning.
+          max_tokens: of all; the longer text is cut first.
+        Returns: the ids, and where the second text begins if the tokenizer marks it as such.
+        Raises: UserError if a text is not valid Unicode.
+        """
+        try:
+            encoding = self.backend.encode_batch([(first, second)], add_special_tokens=True)[0]
+        except (TypeError, UnicodeEncodeError):
+            raise UserError("prompt", "the text is not valid Unicode: it holds half of a surrogate pair") from None
+        owners: list[int | None] = encoding.sequence_ids
+        sizes = [owners.count(0), owners.count(1)]
+        rest = len(owners) - sum(sizes)
+        kept = [size if most is None else min(size, most) for size, most in zip(sizes, (max_first, max_second), strict=True)]
+        if max_tokens is not None:
+            kept = _cut_longest(kept, max(max_tokens - rest, 0))
+        left = list(kept)
+        ids: list[int] = []
+        types: list[int] = []
+        for token, kind, owner in zip(encoding.ids, encoding.type_ids, owners, strict=True):
+            if owner is not None:
+                left[owner] -= 1
+            if owner is None or left[owner] >= 0:
+                ids.append(token)
+                types.append(kind)
+        return ids, types.index(1) if 1 in types else None
+
+    def shorten(self, ids: Sequence[int], max_tokens: int, *, side: Literal["left", "right"]) -> list[int]:
+        """Token ids without so many of the text's first ("left") or last ones that max_tokens remain; what stands around it stays."""
+        before, after = len(self._prefix_ids), len(self._suffix_ids)
+        ids = list(ids)
+        if ids[:before] != self._prefix_ids or ids[len(ids) - after :] != self._suffix_ids or max_tokens <= before + after:
+            return ids[-max_tokens:] if side == "left" else ids[:max_tokens]
+        text, room = ids[before : len(ids) - after], max_tokens - before - after
+        return self._prefix_ids + (text[-room:] if side == "left" else text[:room]) + self._suffix_ids
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, ids that no token has become nothing."""
         table = self.byte_table(skip_special_tokens=skip_special_tokens)
@@ -113,6 +154,16 @@ class Tokenizer:
     def prefix_text(self) -> str:
         """What add_special_tokens puts before a text, written out."""
         return "".join(self.token_text(token) for token in self._prefix_ids)
+
+
+def _cut_longest(sizes: list[int], room: int) -> list[int]:
+    """Two sizes that add up to at most `room`: the larger one gives way first, then both alike."""
+    excess = max(sum(sizes) - room, 0)
+    longer = 0 if sizes[0] > sizes[1] else 1
+    alone = min(excess, abs(sizes[0] - sizes[1]))
+    kept, excess = list(sizes), excess - alone
+    kept[longer] -= alone
+    return [max(kept[0] - excess // 2, 0), max(kept[1] - (excess - excess // 2), 0)]
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:

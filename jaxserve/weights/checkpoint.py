@@ -8,6 +8,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.weights.gguf import is_gguf, open_gguf, read_gguf_config
 from jaxserve.weights.json_file import read_json
+from jaxserve.weights.mxfp4 import unpack_mxfp4
 from jaxserve.weights.orbax import is_orbax, open_orbax
 from jaxserve.weights.safetensors import INDEX_NAME, open_safetensors
 from jaxserve.weights.tensors import Checkpoint, TensorInfo
@@ -24,12 +25,12 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     if is_gguf(path):
         return open_gguf(path)
     if path.is_file() and path.suffix == ".safetensors":
-        return open_safetensors(path)
+        return unpack_mxfp4(open_safetensors(path))
     if path.is_file() and path.suffix == ".bin":
         return open_torch(path)
     if path.is_dir():
         if (path / INDEX_NAME).exists() or any(path.glob("*.safetensors")):
-            return open_safetensors(path)
+            return unpack_mxfp4(open_safetensors(path))
         if is_orbax(path):
             return open_orbax(path)
         if (path / BIN_INDEX_NAME).exists() or weight_files(path):

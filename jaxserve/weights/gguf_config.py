@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
-from jaxserve.weights.gguf_families import GGUF_FAMILIES
+from jaxserve.weights.gguf_families import GGUF_FAMILIES, GgufFamily
 from jaxserve.weights.gguf_reader import GgufReader
 
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -46,6 +46,8 @@ def hf_name(name: str, metadata: Mapping[str, Any]) -> str:
     """Hugging Face's name of a tensor; what has none there keeps its own."""
     if match := _LAYER.fullmatch(name):
         layer, part, leaf = match.groups()
+        if part == "ffn_gate_inp_shexp":  # one output, so that the file has a vector where Hugging Face has a matrix
+            return f"model.layers.{int(layer)}.mlp.shared_expert_gate.vector"
         names = {**_LAYER_NAMES, **GGUF_FAMILIES[check_architecture(metadata)].layer_names}
         return f"model.layers.{int(layer)}.{names[part]}.{leaf}" if part in names else name
     if (match := _MODEL.fullmatch(name)) and match[1] in _MODEL_NAMES:
@@ -84,15 +86,12 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
       rope_freqs: f32[head size / 2], the tensor of that name if there is one.
     Raises: ConfigError naming what is missing, ill-typed or not understood.
     """
-    reader = _reader(metadata)
-    if reader.count("expert_count", 0):
-        raise ConfigError(f"{source}: GGUF files with experts (expert_count={reader.count('expert_count', 0)}) are not supported")
+    reader, family = _reader(metadata), GGUF_FAMILIES[check_architecture(metadata)]
     width, num_heads = reader.count("embedding_length"), reader.count("attention.head_count")
     head_size = reader.count("attention.key_length", width // max(num_heads, 1))
     if reader.count("attention.value_length", head_size) != head_size:
         raise ConfigError(f"{source}: values of a size other than the keys' {head_size} are not supported")
     rotary = reader.count("rope.dimension_count", head_size)
-    family = GGUF_FAMILIES[check_architecture(metadata)]
     values: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": check_architecture(metadata),
@@ -114,11 +113,19 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     }
     if rotary != head_size:
         values["partial_rotary_factor"] = rotary / head_size
-    if family.config is not None:
-        values = family.config(reader, values)
+    values = _translated(reader, family, values, source)
     reader.refuse_unread(source)
     tokens = _token_ids(metadata)
     return HfConfig(values | tokens, generation=tokens, source=source)
+
+
+def _translated(reader: GgufReader, family: GgufFamily, values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The values as the family's own config.json has them."""
+    num_experts = reader.count("expert_count", 0)
+    if num_experts and family.experts is None:
+        raise ConfigError(f"{source}: experts (expert_count={num_experts}) are not supported in GGUF files for {family.architecture}")
+    translate = family.experts if num_experts else family.config
+    return values if translate is None else translate(reader, values)
 
 
 def _num_layers(reader: GgufReader, shapes: Mapping[str, tuple[int, ...]], source: str) -> int:

@@ -4,47 +4,70 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.names import Family, Layout, Stored
 from jaxserve.models.params import Params
 from jaxserve.models.spec import LayerGroup
+from jaxserve.sharding import Piece, Placement
 from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.place import PlacedParam, take
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The tensors of one parameter of one layer.
+    """The tensors of one part of a parameter: of one layer, or of one expert of one layer.
 
     Args:
       heads: the numbers of queries and of KV heads, where the layout asks for them.
+      rows_a_head: of the part, for the layouts that take some rows of each head.
+      expert: this one of so many that each tensor holds; None if the tensors are the part's own.
     """
 
     names: tuple[str, ...]
     layout: Layout
     heads: tuple[int, int] = (0, 0)
+    rows_a_head: int = 0
+    expert: tuple[int, int] | None = None
 
     def shape(self, checkpoint: Checkpoint) -> tuple[int, ...] | None:
         """Of the joined tensors in our layout; None if they cannot be joined."""
-        dims = [checkpoint.tensors[name].shape for name in self.names]
-        if self.layout == "transposed":
-            dims = [found[::-1] for found in dims]
-        if self.layout == "stacked":
-            dims = [(1, *found) for found in dims]
+        dims = [self._dims(checkpoint.tensors[name].shape) for name in self.names]
         if not all(dims) or any(found[1:] != dims[0][1:] for found in dims):
             return None
-        return sum(found[0] for found in dims), *dims[0][1:]
+        joined = sum(found[0] for found in dims), *dims[0][1:]
+        return joined[::-1] if self.layout in ("expert", "expert_pairs") else joined
+
+    def _dims(self, dims: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's shape before joining; empty if it cannot be this part's."""
+        if self.expert is not None:
+            num_rows, rest = divmod(dims[0], self.expert[1]) if dims else (0, 1)
+            return () if rest else dims[1:] if num_rows == 1 else (num_rows, *dims[1:])
+        match self.layout:
+            case "transposed":
+                return dims[::-1]
+            case "stacked":
+                return (1, *dims)
+            case "head_starts" | "head_ends":
+                fits = len(dims) == 2 and dims[0] % self.heads[0] == 0 and dims[0] // self.heads[0] >= self.rows_a_head
+                return (self.heads[0], self.rows_a_head, dims[1]) if fits else ()
+            case _:
+                return dims
 
 
 def sources(
     checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct], groups: tuple[LayerGroup, ...], family: Family
 ) -> dict[str, list[Source]]:
-    """For each parameter, the checkpoint tensors of each of its repeats (one entry if it is not stacked)."""
+    """For each parameter, the checkpoint tensors of each of its parts, along its leading axes (one entry if it is not stacked)."""
     result: dict[str, list[Source]] = {}
     for path, leaf in shapes.items():
         if path.startswith("groups."):
@@ -53,23 +76,41 @@ def sources(
             attention = group.pattern[int(j)].attention
             heads = attention.num_heads, attention.num_kv_heads
             layers = [group.first + r * len(group.pattern) + int(j) for r in range(group.repeats)]
-            result[path] = [_find(checkpoint, family, family.layer_names[name], i, leaf.shape[1], heads) for i in layers]
+            ways = family.layer_names[name]
+            experts = range(leaf.shape[1]) if is_of_experts(ways) else [None]
+            result[path] = [_find(checkpoint, family, ways, i, leaf.shape[1:], heads, e) for i in layers for e in experts]
         else:
-            result[path] = [_find(checkpoint, family, family.model_names[path], 0, leaf.shape[0], (0, 0))]
+            result[path] = [_find(checkpoint, family, family.model_names[path], 0, leaf.shape, (0, 0), None)]
     return result
 
 
-def _find(checkpoint: Checkpoint, family: Family, ways: tuple[Stored, ...], layer: int, num_rows: int, heads: tuple[int, int]) -> Source:
-    """The first way whose tensors are all there, else the first."""
+def is_of_experts(ways: tuple[Stored, ...]) -> bool:
+    """Whether a parameter is a part for each expert of a layer, not one for the layer."""
+    return ways[0].layout.startswith("expert")
+
+
+def _find(
+    checkpoint: Checkpoint, family: Family, ways: tuple[Stored, ...], layer: int, shape: tuple[int, ...], heads: tuple[int, int],
+    expert: int | None,
+) -> Source:  # fmt: skip
+    """The first way whose tensors are all there, else the first; of a parameter of this shape in its layer."""
     found: list[Source] = []
     for way in ways:
-        names = [name.format(i=layer, h=h) for name in way.names for h in range(num_rows if "{h}" in name else 1)]
+        names = [name.format(i=layer, h=h, e=expert) for name in way.names for h in range(shape[0] if "{h}" in name else 1)]
         short = [name.removeprefix(family.optional_prefix) for name in names]
         chosen = tuple(b if a not in checkpoint.tensors and b in checkpoint.tensors else a for a, b in zip(names, short, strict=True))
-        found.append(Source(names=chosen, layout=way.layout, heads=heads))
+        shared = None if expert is None or "{e}" in way.names[0] else (expert, shape[0])
+        rows_a_head = shape[1] if way.layout.startswith("head_") else 0
+        found.append(Source(names=chosen, layout=way.layout, heads=heads, rows_a_head=rows_a_head, expert=shared))
         if all(name in checkpoint.tensors for name in chosen):
             return found[-1]
     return found[0]
+
+
+def _layer_number(name: str) -> int:
+    """Of the layer that a tensor belongs to; -1 if it is in none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
 
 
 def check_tensors(
@@ -78,9 +119,9 @@ def check_tensors(
     """Raise ConfigError listing every missing, unexpected and mis-shaped tensor."""
     problems: list[str] = []
     used: set[str] = set()
-    for path, repeats in wanted.items():
-        shape = shapes[path].shape[1:] if path.startswith("groups.") else shapes[path].shape
-        for source in repeats:
+    for path, parts in wanted.items():
+        shape = shapes[path].shape[_num_leading(path, family) :]
+        for source in parts:
             used.update(source.names)
             missing = [name for name in source.names if name not in checkpoint.tensors]
             problems += [f"missing: {name}" for name in missing]
@@ -90,7 +131,13 @@ def check_tensors(
     ignored = ("rotary_emb.inv_freq", "rope_freqs.weight", *family.ignored)  # derived from the config
     if "head.weight" not in wanted and "head.weight" in family.model_names:  # a tied head may be stored all the same
         used.update(name for way in family.model_names["head.weight"] for name in way.names)
-    problems += [f"unexpected: {name}" for name in checkpoint.tensors if name not in used and not name.endswith(ignored)]
+    last = max(map(_layer_number, used), default=-1)
+    problems += [
+        f"unexpected: {name}"
+        for name in checkpoint.tensors
+        if name not in used and not name.endswith(ignored) and not (family.predicts_ahead and _layer_number(name) > last)
+    ]
+    problems = list(dict.fromkeys(problems))  # experts share tensors
     if problems:
         shown = problems if len(problems) <= 40 else [*problems[:40], f"... and {len(problems) - 40} more"]
         raise ConfigError("the checkpoint does not fit its config:\n  " + "\n  ".join(shown))
@@ -103,12 +150,15 @@ def load_params(
     family: Family,
     *,
     progress: Callable[[int, int], None],
+    placements: Mapping[str, Placement] | None = None,
 ) -> Params:
-    """Read every parameter onto the device.
+    """Read every parameter onto the devices of this process.
 
-    On the host there is never more than one parameter of one layer at a time, beside what a CPU device holds.
+    On the host there is never more than one part at a time, of one layer or of one expert, beside what a CPU device holds.
 
     Args:
+      shapes: of the whole parameters.
+      placements: where each lies and which share of it each device has; default: all of them on the first device.
       progress: called with (bytes done, bytes in all) after each tensor.
     Raises: ConfigError listing every tensor that does not fit.
     """
@@ -117,56 +167,92 @@ def load_params(
     total = sum(_size(leaf) for leaf in shapes.values())
     done = 0
     params: Params = {}
-    for path, repeats in wanted.items():
-        leaf = shapes[path]
-        stacked = path.startswith("groups.")
-        if stacked and len(repeats) > 1:
-            array = jnp.zeros(leaf.shape, leaf.dtype)
-            for r, source in enumerate(repeats):
-                array = _put_layer(array, _read(checkpoint, source, leaf.dtype), r)
-                progress(done + _size(leaf) * (r + 1) // len(repeats), total)
-        else:
-            host = _read(checkpoint, repeats[0], leaf.dtype)
-            array = jax.device_put(host[None] if stacked else host)
+    for path, parts in wanted.items():
+        leaf, num_leading = shapes[path], _num_leading(path, family)
+        placed = PlacedParam(leaf, num_leading, _on_one_device() if placements is None else placements[path])
+        for n, source in enumerate(parts):
+            part = tuple(int(i) for i in np.unravel_index(n, leaf.shape[:num_leading]))
+            placed.put(part, functools.partial(_read_rows, checkpoint, source, leaf.dtype))
+            progress(done + _size(leaf) * (n + 1) // len(parts), total)
         done += _size(leaf)
-        progress(done, total)
-        params[path] = array
+        params[path] = placed.array()
     return params
 
 
-def _read(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype) -> np.ndarray:
-    if len(source.names) == 1:
-        return np.ascontiguousarray(_read_one(checkpoint, source, source.names[0]).astype(dtype, copy=False))
+def _on_one_device() -> Placement:
+    return Placement(target=SingleDeviceSharding(jax.local_devices()[0]), cuts=(), stacked=False)
+
+
+def _num_leading(path: str, family: Family) -> int:
+    """Axes of a parameter along which its parts are stacked: layers, and experts."""
+    if not path.startswith("groups."):
+        return 0
+    return 2 if is_of_experts(family.layer_names[path.split(".", 3)[3]]) else 1
+
+
+def _read_rows(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype, rows: tuple[Piece, ...] | None) -> np.ndarray:
+    """A part, or pieces of its rows; where tensors are stored as parameters are, the other rows are not read."""
+    if rows is None:
+        return _read(checkpoint, source, dtype)
+    if source.layout != "rows" or source.expert is not None:
+        return take(_read(checkpoint, source, dtype), rows, 0)
     shape = source.shape(checkpoint)
     assert shape is not None, f"{source=}"
-    joined = np.empty(shape, dtype)
-    start = 0
-    for name in source.names:
-        piece = _read_one(checkpoint, source, name)
-        joined[start : start + len(piece)] = piece
-        start += len(piece)
+    joined, at = np.zeros((sum(piece.size for piece in rows), *shape[1:]), dtype), 0
+    for piece in rows:
+        first = 0
+        for name in source.names:
+            num_rows = checkpoint.tensors[name].shape[0]
+            start, stop = max(piece.start - first, 0), min(piece.stop - first, num_rows)
+            if start < stop:
+                here = at + first + start - piece.start
+                joined[here : here + stop - start] = checkpoint.read_rows(name, start, stop)
+            first += num_rows
+        at += piece.size
     return joined
 
 
+def _read(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype) -> np.ndarray:
+    shape = source.shape(checkpoint)
+    assert shape is not None, f"{source=}"
+    is_out_in = source.layout in ("expert", "expert_pairs")
+    if len(source.names) == 1:
+        joined = _read_one(checkpoint, source, source.names[0])
+    else:
+        joined, start = np.empty(shape[::-1] if is_out_in else shape, dtype), 0
+        for name in source.names:
+            piece = _read_one(checkpoint, source, name)
+            joined[start : start + len(piece)] = piece
+            start += len(piece)
+    if is_out_in:
+        joined = joined.T
+    if source.layout.endswith("pairs"):
+        joined = np.concatenate([joined[..., ::2], joined[..., 1::2]], axis=-1)
+    return np.ascontiguousarray(joined.astype(dtype, copy=False))
+
+
 def _read_one(checkpoint: Checkpoint, source: Source, name: str) -> np.ndarray:
+    if source.expert is not None:
+        e, E = source.expert
+        num_rows = checkpoint.tensors[name].shape[0] // E
+        rows = checkpoint.read_rows(name, e * num_rows, (e + 1) * num_rows)
+        return rows[0] if num_rows == 1 else rows
     array = checkpoint.read(name)
     match source.layout:
-        case "rows":
-            return array
         case "transposed":
             return array.T
         case "stacked":
             return array[None]
+        case "head_starts" | "head_ends":
+            by_head = array.reshape(source.heads[0], -1, array.shape[1])
+            return by_head[:, : source.rows_a_head] if source.layout == "head_starts" else by_head[:, -source.rows_a_head :]
         case "by_kv_head":
             N, K = source.heads
             by_head = array.reshape(K, N // K + 2, -1, *array.shape[1:])  # [K, G + 2, H, ...]
             parts = by_head[:, : N // K], by_head[:, N // K], by_head[:, N // K + 1]
             return np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_layer(stacked: jax.Array, layer: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, layer, index, 0)
+        case _:
+            return array
 
 
 def _size(leaf: jax.ShapeDtypeStruct) -> int:

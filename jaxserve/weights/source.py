@@ -41,7 +41,8 @@ _WANTED = {
     "tokenizer": ["*.json", "*.jinja", "*.model", "*.txt"],
 }
 _PICKLED = "pytorch_model*.bin*"  # for repositories without safetensors
-_UNWANTED = ["*/*", "consolidated*.safetensors"]  # other precisions, ONNX and the original layout
+# Other precisions, ONNX and the original layout; folders of sentence-transformers begin with a number.
+_UNWANTED = ["[!0-9]*/*", "consolidated*.safetensors"]
 _PROBE_S = 4.0  # a hub that has not answered by then would be slow at best
 _COPY_BYTES = 1 << 20
 _SCRATCH = "fetch-"

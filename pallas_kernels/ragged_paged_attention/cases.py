@@ -51,6 +51,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "alibi": {"alibi_slopes": True},
     "sinks": {"sinks": True},
     "not causal": {"causal": False},
+    "not causal, window": {"causal": False, "window": 9},
     "all": {"window": 21, "softcap": 4.0, "alibi_slopes": True, "sinks": True},
 }
 

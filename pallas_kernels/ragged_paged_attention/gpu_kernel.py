@@ -161,6 +161,8 @@ def prefill_kernel(plan: Plan, batch: Batch, block_row: Ref, block_start: Ref, b
             window = batch.scalars[1]
             first = jax.lax.div(jnp.maximum(tile.first - window + 1, 0), context)
             whole_from = jax.lax.div(jnp.maximum(tile.last - window + context, 0), context)
+            if not plan.causal:
+                whole_to = jax.lax.div(jnp.minimum(tile.first + window, length), context)
         whole_from = jnp.minimum(jnp.maximum(whole_from, first), last)
         whole_to = jnp.minimum(jnp.maximum(whole_to, whole_from), last)
         state = walk.start()
@@ -247,6 +249,8 @@ class _Walk:
             visible = visible & (distance <= 0)
         if self.plan.windowed:
             visible = visible & (distance > -self.window)
+            if not self.plan.causal:
+                visible = visible & (distance < self.window)
         return jnp.broadcast_to(visible, distance.shape)
 
     def _key_rows(self, key: jax.Array, inside: jax.Array | None) -> jax.Array:

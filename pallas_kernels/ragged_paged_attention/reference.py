@@ -53,7 +53,7 @@ def ragged_paged_attention(
       kv_len: i32[S], tokens of each row including the new ones; 0 for an empty row.
       sm_scale: multiplies q . k.
       causal: a query sees keys up to its own position; otherwise all kv_len of them.
-      window: a query at p sees keys above p - window; None is unlimited.
+      window: a query at p sees keys above p - window, and if not causal below p + window; None is unlimited.
       softcap: scores become softcap * tanh(scores / softcap).
       alibi_slopes: f32[N]; adds slope * (key position - query position).
       sinks: f32[N]; a logit per head that joins the softmax's denominator and has no value.
@@ -87,7 +87,7 @@ def ragged_paged_attention(
     if causal:
         visible &= distance <= 0
     if window is not None:
-        visible &= distance > -window
+        visible &= jnp.abs(distance) < window
     scores = jnp.where(visible[:, None, None, :], scores, MASKED)
     top = scores.max(-1, keepdims=True)
     if sinks is not None:

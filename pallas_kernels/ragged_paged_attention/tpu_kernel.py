@@ -257,6 +257,8 @@ def _biased(
     visible = key <= query if plan.causal else key < limit
     if plan.windowed:
         visible &= key > query - window
+        if not plan.causal:
+            visible &= key < query + window
     return jnp.where(visible, scores, MASKED)
 
 

@@ -186,7 +186,8 @@ def _attend(
     L = width * page_size
     queries = q.reshape(W, B, K, G, H).transpose(0, 2, 3, 1, 4).astype(jnp.float32) * features.sm_scale
     query_position = position[:, None] + jnp.arange(B)  # [W, B]
-    end = jnp.minimum(kv_len, position + B) if features.causal else kv_len
+    beyond = 1 if features.causal else features.window  # a query sees keys below its position plus this
+    end = kv_len if beyond is None else jnp.minimum(kv_len, position + (B - 1) + beyond)
     first = jnp.zeros_like(end) if features.window is None else jnp.maximum(position - features.window + 1, 0) // L
 
     def body(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -199,7 +200,7 @@ def _attend(
         if features.causal:
             visible &= distance <= 0
         if features.window is not None:
-            visible &= distance > -features.window
+            visible &= jnp.abs(distance) < features.window
         keys = _gather(pages, layer, ids, 0).reshape(W, K, width, H, page_size).transpose(0, 1, 3, 2, 4).reshape(W, K, H, L)
         scores = jnp.einsum("wkqh,wkhl->wkql", queries.reshape(W, K, G * B, H), keys).reshape(W, K, G, B, L)
         values = _gather(pages, layer, ids, 1).reshape(W, K, L, H)

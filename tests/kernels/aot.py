@@ -74,13 +74,21 @@ def tpu_mesh(name: str) -> Mesh:
 
     Raises: RuntimeError if libtpu, the TPU compiler, is not installed.
     """
+    return Mesh(np.array(tpu_devices(TPUS[name])[:1]), ("x",))
+
+
+@functools.cache
+def tpu_devices(topology_name: str) -> list[Any]:
+    """The chips of a slice, such as "v6e:2x4".
+
+    Raises: RuntimeError if libtpu, the TPU compiler, is not installed.
+    """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # without a TPU there is no metadata server to wait for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that test workers could take from each other
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices)
     except Exception as error:
-        raise RuntimeError(f"no compiler for TPU {name}: install libtpu, the aot extra, to run tests marked aot") from error
-    return Mesh(np.array(topology.devices[:1]), ("x",))
+        raise RuntimeError(f"no compiler for TPU {topology_name}: install libtpu, the aot extra, to run tests marked aot") from error
 
 
 @contextlib.contextmanager

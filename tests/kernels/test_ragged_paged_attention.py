@@ -83,7 +83,7 @@ def by_hand(case: Case, inputs: dict[str, Any]) -> np.ndarray:
                     scores = scores + inputs["alibi_slopes"][n] * distance
                 seen = (distance <= 0) | (not inputs.get("causal", True))
                 if inputs.get("window"):
-                    seen &= distance > -inputs["window"]
+                    seen &= (distance > -inputs["window"]) & (distance < inputs["window"])
                 weights = np.where(seen, np.exp(scores), 0)
                 total = weights.sum() + (np.exp(inputs["sinks"][n]) if "sinks" in inputs else 0)
                 out[first + t, n] = weights @ values[:, n // G] / total

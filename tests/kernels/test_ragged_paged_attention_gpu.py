@@ -107,7 +107,7 @@ def test_kernels_equal_reference(case: Case, feature: str, interpret: Interprete
     np.testing.assert_array_equal(pages, expected_pages)
 
 
-@pytest.mark.parametrize("feature", ["all", "not causal"])
+@pytest.mark.parametrize("feature", ["all", "not causal", "not causal, window"])
 @pytest.mark.parametrize("case", [CASES[5], CASES[6], DRAFTS, HEADS], ids=lambda case: case.name)
 def test_many_small_tiles_and_splits_equal_reference(case: Case, feature: str, interpret: Interpreter) -> None:
     interpret.use(**SMALL)

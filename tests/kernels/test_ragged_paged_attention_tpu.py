@@ -34,6 +34,7 @@ TELLING = (
     ("mixed batch over grid steps and page blocks", MIXED, "all", {}, {"block_tokens": 32, "context": 128}),
     ("a long prompt, every tile full", LONG, "alibi", {}, {"block_tokens": 32, "context": 256}),
     ("not causal: keys beyond the block's queries", MIXED, "not causal", {}, {"block_tokens": 16, "context": 128}),
+    ("not causal: keys before and behind the window", MIXED, "not causal, window", {}, {"block_tokens": 16, "context": 128}),
     ("padding tokens, one KV head", CASES[3], "sinks", {}, {}),
     (
         "heads interleaved by three",

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxserve.models.batch import Batch
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.families import find_family
-from jaxserve.models.kv_cache import KVCache, cache_shapes
-from jaxserve.models.params import Params, merge_model, split_model
+from jaxserve.models.kv_cache import KVCache, cache_shapes, cache_specs
+from jaxserve.models.params import Params, merge_model, model_cuts, split_model
 from jaxserve.models.spec import fold_layers, limit_length
+from jaxserve.sharding import WHOLE, Placement, Split, mesh_of, one_copy
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
 
@@ -28,9 +30,14 @@ class PagedModel:
 
     Args:
       max_len: of texts, for positions that depend on it.
+      split: how it is dealt out to the first of jax's devices.
+      platform: whose kernels it runs; default: those of the one at hand.
     """
 
-    def __init__(self, path: pathlib.Path, *, scan: bool, max_len: int | None = None) -> None:
+    def __init__(
+        self, path: pathlib.Path, *, scan: bool, max_len: int | None = None, split: Split = WHOLE, platform: str | None = None
+    ) -> None:
+        self._platform = platform
         config = read_config(path)
         family = find_family(config)
         spec = family.spec(config)
@@ -38,9 +45,25 @@ class PagedModel:
         if max_len is not None:
             spec = limit_length(spec, max_len)
         self._groups = fold_layers(spec.layers, scan=scan)
-        self._graphdef, shapes = split_model(Decoder(spec, self._groups, dtype=jnp.dtype(jnp.float32)))
+        shapes = split_model(Decoder(spec, self._groups, dtype=jnp.dtype(jnp.float32)))[1]
+        model = Decoder(spec, self._groups, dtype=jnp.dtype(jnp.float32), split=split, platform=platform)
+        self._split, self._graphdef, target = split, split_model(model)[0], one_copy(jax.devices()[: split.num_devices], split)
+        placements = {
+            path: Placement(target=target, cuts=cuts, stacked=path.startswith("groups.")) for path, cuts in model_cuts(model).items()
+        }
+        self._forward = _forward
+        if split.num_devices > 1:
+            whole, caches = PartitionSpec(), cache_specs(self._groups, split=split)
+            specs = {path: placement.spec for path, placement in placements.items()}
+            self._forward = jax.jit(
+                lambda graphdef, *args: jax.shard_map(
+                    functools.partial(_logits, graphdef), mesh=mesh_of(target), in_specs=(specs, whole, caches), out_specs=(whole, caches),
+                    check_vma=False,
+                )(*args),
+                static_argnums=0, compiler_options={"xla_backend_optimization_level": 0},
+            )  # fmt: skip
         with open_checkpoint(path) as checkpoint:
-            self._params = load_params(checkpoint, shapes, self._groups, family, progress=lambda done, total: None)
+            self._params = load_params(checkpoint, shapes, self._groups, family, progress=lambda done, total: None, placements=placements)
 
     def logits(self, prompt: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
         """f32[len(prompt), V]: the prompt's logits, computed in chunks of the given sizes over scattered pages.
@@ -50,7 +73,15 @@ class PagedModel:
         num_pages = -(-len(prompt) // PAGE_SIZE)
         cache = jax.tree.map(
             lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
-            cache_shapes(self._groups, num_pages=num_pages + 3, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
+            cache_shapes(
+                self._groups,
+                num_pages=num_pages + 3,
+                page_size=PAGE_SIZE,
+                dtype=jnp.dtype("float32"),
+                split=self._split,
+                of_all=True,
+                platform=self._platform,
+            ),
         )
         table = np.random.default_rng(2).permutation(np.arange(1, num_pages + 3))[:num_pages].astype(np.int32)
         found, start = [], 0
@@ -62,7 +93,7 @@ class PagedModel:
                 tokens=jnp.asarray(tokens), positions=jnp.asarray(positions), page_table=jnp.asarray(table[None]),
                 query_start=jnp.array([0, count], jnp.int32), kv_len=jnp.array([start + count], jnp.int32), one_token_rows=count == 1,
             )  # fmt: skip
-            logits, cache = _forward(self._graphdef, self._params, batch, cache)
+            logits, cache = self._forward(self._graphdef, self._params, batch, cache)
             found.append(np.asarray(logits)[:count])
             start += count
         assert start == len(prompt), f"{cuts=} do not cover the prompt"
@@ -74,9 +105,11 @@ def logits_of(path: pathlib.Path, prompt: np.ndarray, cuts: Sequence[int], *, sc
     return PagedModel(path, scan=scan).logits(prompt, cuts)
 
 
-# Each program runs a few times on a tiny model: compiling is what takes the time.
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def _forward(graphdef: Any, params: Params, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+def _logits(graphdef: Any, params: Params, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
     model = merge_model(graphdef, params)
     hidden, cache = model(batch, cache)
     return model.logits(hidden), cache
+
+
+# Each program runs a few times on a tiny model: compiling is what takes the time.
+_forward = jax.jit(_logits, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})

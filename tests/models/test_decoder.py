@@ -12,8 +12,9 @@ import pytest
 from jaxserve.models.batch import Batch
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.kv_cache import cache_shapes
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.params import merge_model, split_model
-from jaxserve.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, Placement, fold_layers
+from jaxserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec, Placement, fold_layers
 
 T, D, PAGE_SIZE = 5, 24, 4
 

@@ -32,6 +32,28 @@ def test_unknown_architecture_is_refused_with_what_there_is() -> None:
         find_family(HfConfig({"architectures": ["NovelForCausalLM"]}))
 
 
+def test_llama_by_another_name_is_taken_for_one_with_a_warning(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    variant = VARIANTS["llama, mqa, biases, wide heads"]
+    config = json.loads((variant.path / "config.json").read_text()) | {"architectures": ["LookalikeForCausalLM"], "model_type": "lookalike"}
+    save_file({name: tensor.clone() for name, tensor in variant.reference.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompt = np.random.default_rng(1).integers(0, VOCAB, 37)
+    found, expected = (PagedModel(path, scan=True).logits(prompt, [37]) for path in (tmp_path, variant.path))
+    np.testing.assert_array_equal(found, expected)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "LookalikeForCausalLM is not known and taken for a Llama" in warning
+
+
+@pytest.mark.parametrize("given", [{"gate_temperature": 2.0}, {"rope_parameters": {"rope_type": "new"}}, {"rms_norm_eps": None}])
+def test_unknown_architecture_that_says_more_than_a_llama_is_refused(given: dict[str, Any]) -> None:
+    config = json.loads((VARIANTS["llama, gqa"].path / "config.json").read_text()) | {"architectures": ["OtherForCausalLM"]} | given
+    config = {key: value for key, value in config.items() if value is not None}
+    with pytest.raises(
+        ConfigError, match=r"OtherForCausalLM.*is no Llama by another name.*(gate_temperature|new|rms_norm_eps).*there are Llama"
+    ):
+        find_family(HfConfig(config))
+
+
 def test_every_architecture_has_one_family_and_every_family_a_model_type() -> None:
     architectures = [name for family in FAMILIES for name in family.architectures]
     assert len(set(architectures)) == len(architectures)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from jaxserve.weights.gguf_families import GGUF_FAMILIES
+from tests.models.moe_variants import MOE_VARIANTS
 from tests.models.paged import PagedModel
 from tests.models.variants import VARIANTS, VOCAB, Variant
 
@@ -41,6 +42,33 @@ MODELS: dict[str, tuple[Variant, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+EXPERTS = {"expert_count": 7, "expert_used_count": 3, "expert_feed_forward_length": 20}
+# Name -> architecture of the file, model, metadata.
+WITH_EXPERTS: dict[str, tuple[str, Variant, dict[str, Any]]] = {
+    "mixtral": ("llama", MOE_VARIANTS["mixtral"], {"expert_count": 5, "expert_used_count": 2, "rope.freq_base": 1_000_000.0}),
+    "qwen2moe": (
+        "qwen2moe",
+        dataclasses.replace(
+            MOE_VARIANTS["qwen2_moe"], options=MOE_VARIANTS["qwen2_moe"].options | {"norm_topk_prob": False}
+        ),
+        EXPERTS | {"expert_shared_feed_forward_length": 28},
+    ),
+    "qwen3moe": ("qwen3moe", MOE_VARIANTS["qwen3_moe"], EXPERTS),
+}  # fmt: skip
+
+
+def as_converted(name: str, tensor: torch.Tensor) -> dict[str, np.ndarray]:
+    """A tensor of transformers as the converter meets it: matrices of experts each in a tensor, the shared expert's gate a vector."""
+    array = tensor.numpy()
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = np.split(array, 2, axis=1)
+        stem = name.removesuffix("gate_up_proj")
+        return {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+    if name.endswith("experts.down_proj"):
+        return {f"{name}.weight": array}
+    return {name: array[0] if name.endswith("shared_expert_gate.weight") else array}
+
+
 def write_gguf(path: pathlib.Path, arch: str, model: Any, more: dict[str, Any]) -> None:
     """What convert_hf_to_gguf.py does with these families: names, Llama's row order, Gemma's norms plus one."""
     config = model.config
@@ -57,10 +85,12 @@ def write_gguf(path: pathlib.Path, arch: str, model: Any, more: dict[str, Any]) 
         add(f"{arch}.{key}", value)
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    arrays: dict[str, np.ndarray] = {}
     for name, tensor in model.state_dict().items():
+        arrays |= as_converted(name, tensor)
+    for name, array in arrays.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array = tensor.numpy()
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
@@ -75,9 +105,13 @@ def write_gguf(path: pathlib.Path, arch: str, model: Any, more: dict[str, Any]) 
     writer.close()
 
 
-@pytest.mark.parametrize("arch", GGUF_FAMILIES)
-def test_logits_of_a_gguf_file_equal_transformers(arch: str, tmp_path: pathlib.Path) -> None:
-    variant, more = MODELS[arch]
+def test_every_architecture_is_compared() -> None:
+    assert {*MODELS, *(arch for arch, _, _ in WITH_EXPERTS.values())} == set(GGUF_FAMILIES)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *WITH_EXPERTS])
+def test_logits_of_a_gguf_file_equal_transformers(name: str, tmp_path: pathlib.Path) -> None:
+    arch, variant, more = WITH_EXPERTS[name] if name in WITH_EXPERTS else (name, *MODELS[name])
     write_gguf(tmp_path / "m.gguf", arch, variant.reference, more)
     prompt = np.random.default_rng(1).integers(0, VOCAB, 37)
     with torch.no_grad():

@@ -60,7 +60,7 @@ def spec_of(**values: Any) -> Any:
 def test_missing_keys_have_the_defaults_of_the_program_that_wrote_the_config() -> None:
     sizes = {"d_model": 48, "n_heads": 6, "n_layers": 2, "vocab_size": 130}
     for architecture, biased in (("MptForCausalLM", False), ("MPTForCausalLM", True)):
-        layer = mpt_spec(HfConfig({"architectures": [architecture], **sizes})).layers[0]
+        layer: Any = mpt_spec(HfConfig({"architectures": [architecture], **sizes})).layers[0]
         assert (layer.attention.qkv_bias, layer.norm.bias, layer.attention.alibi_slopes is None) == (biased,) * 3
 
 
@@ -78,7 +78,7 @@ def test_published_config_of_mpt_7b_is_read_whole() -> None:
             },
         }
     )  # fmt: skip
-    spec = mpt_spec(config)
+    spec: Any = mpt_spec(config)
     assert config.unread() == {}
     assert (spec.width, spec.layers[0].mlp.width, spec.tied, spec.positions) == (4096, 16384, True, None)
     assert spec.layers[0].attention.alibi_slopes == alibi_slopes(32)

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.moe_variants import MOE_VARIANTS
 from tests.models.paged import PagedModel
 from tests.models.variants import VARIANTS, VOCAB
 
 PROMPT_LEN = 37
+ALL = VARIANTS | MOE_VARIANTS
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_logits_equal_transformers_however_the_prompt_is_cut(name: str) -> None:
-    variant = VARIANTS[name]
+    variant = ALL[name]
     prompt = np.random.default_rng(1).integers(0, VOCAB, PROMPT_LEN)
     with torch.no_grad():
         expected = variant.reference(torch.tensor(prompt)[None]).logits[0].numpy()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.rope import rope_frequencies
 from jaxserve.models.spec import (
     AttentionSpec,
     DynamicScaling,
     LayerSpec,
     LongRopeScaling,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     RopeScaling,

@@ -64,6 +64,9 @@ def shuffled(model: Any) -> Any:
                 parameter.normal_(std=0.25)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of a router: learnt, though it is no parameter
+                buffer.normal_(std=0.2)
     return model.eval()
 
 

@@ -216,7 +216,7 @@ def test_frequencies_of_another_scaling_are_refused(tmp_path: pathlib.Path) -> N
     ("change", "message"),
     [
         ({"logit_scale": 0.5}, r"not understood: llama\.logit_scale=0\.5"),
-        ({"expert_count": 8}, "expert_count=8"),
+        ({"expert_count": 8}, r"no llama\.expert_used_count"),
         ({"block_count": 3}, "block_count=3, but the file holds the tensors of 1 layers"),
         ({"attention.head_count": "many"}, r"attention\.head_count='many' is not a count"),
         ({"attention.head_count": 0}, "is not positive"),

@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
 from jaxserve.models.params import Params
-from jaxserve.models.spec import AttentionSpec, LayerGroup, LayerSpec, MlpSpec, NormSpec
+from jaxserve.models.spec import AttentionSpec, LayerGroup, LayerSpec, NormSpec
 from jaxserve.weights.load import load_params
 from jaxserve.weights.safetensors import open_safetensors
 

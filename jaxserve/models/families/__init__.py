@@ -2,34 +2,81 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 from jaxserve.errors import ConfigError
+from jaxserve.models.families.bert import ENCODERS
 from jaxserve.models.families.bloom import BLOOM, FALCON
 from jaxserve.models.families.cohere import COHERE, COHERE2, GLM, GLM4, STABLELM
+from jaxserve.models.families.convert import Convert, converted, default_convert, generative_names
+from jaxserve.models.families.dbrx import DBRX
+from jaxserve.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from jaxserve.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxserve.models.families.gpt import GPT2, GPT_BIGCODE, GPT_NEOX, GPTJ, STARCODER2
+from jaxserve.models.families.gpt_oss import GPT_OSS
 from jaxserve.models.families.llama import LLAMA
+from jaxserve.models.families.llama4 import LLAMA4
+from jaxserve.models.families.mixtral import GRANITE_MOE, MIXTRAL, OLMOE, PHIMOE
 from jaxserve.models.families.mpt import MPT
 from jaxserve.models.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
 from jaxserve.models.families.opt import OPT
 from jaxserve.models.families.phi import PHI, PHI3
 from jaxserve.models.families.qwen import QWEN2, QWEN3
+from jaxserve.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from jaxserve.models.families.relatives import RELATIVES
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.names import Family
 
+log = logging.getLogger(__name__)
+
 FAMILIES = (
     LLAMA, MPT, *RELATIVES, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GPT2, GPT_BIGCODE, GPTJ, GPT_NEOX, STARCODER2, OPT, BLOOM,
-    FALCON, OLMO, OLMO2, OLMO3, EXAONE4, COHERE, COHERE2, STABLELM, GLM, GLM4,
+    FALCON, OLMO, OLMO2, OLMO3, EXAONE4, COHERE, COHERE2, STABLELM, GLM, GLM4, *ENCODERS,
+    MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GRANITE_MOE, PHIMOE, DBRX, LLAMA4,
 )  # fmt: skip
 
 
-def find_family(config: HfConfig) -> Family:
-    """The family of a checkpoint.
+def find_family(config: HfConfig, convert: Convert | None = None) -> Family:
+    """The family of a checkpoint; an unknown decoder that says of itself only what a Llama would is taken for one.
 
+    Args:
+      convert: what to make of a decoder; None goes by the architecture's name.
     Raises: ConfigError listing the architectures there are.
     """
-    for family in FAMILIES:
-        if config.architecture in family.architectures:
-            return family
+    for name in generative_names(config.architecture):
+        for family in FAMILIES:
+            if name in family.architectures:
+                # An encoder is made for vectors as it is.
+                return family if family in ENCODERS else converted(family, convert or default_convert(config.architecture))
+    difference = _difference_from_llama(config)
+    if difference is None:
+        _warn_of_assumption(config.architecture)
+        return converted(LLAMA, convert or default_convert(config.architecture))
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
-    raise ConfigError(f"architecture {config.architecture!r} is not supported; there are {known}")
+    raise ConfigError(
+        f"architecture {config.architecture!r} is not supported, and is no Llama by another name: {difference}; there are {known}"
+    )
+
+
+def _difference_from_llama(config: HfConfig) -> str | None:
+    """What a config says that a Llama's would not; None if nothing. Its tensors are compared by name when they are loaded."""
+    copy = HfConfig(config.values)
+    if "rms_norm_eps" not in config.values:  # the one key of a Llama that other kinds of decoder have not
+        return "rms_norm_eps is not given"
+    try:
+        LLAMA.spec(copy)
+    except ConfigError as error:
+        return str(error)
+    unread = ", ".join(f"{key}={value!r:.80}" for key, value in copy.unread().items())
+    return f"a Llama has no {unread}" if unread else None
+
+
+@functools.cache
+def _warn_of_assumption(architecture: str) -> None:
+    """Once an architecture, however often its family is asked for."""
+    log.warning(
+        "architecture %s is not known and taken for a Llama by another name, as its config says nothing else: RMS norms before "
+        "attention and MLP, rotary positions on halves of whole heads, a gated MLP; compare an answer with the maker's",
+        architecture,
+    )

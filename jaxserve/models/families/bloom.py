@@ -8,8 +8,9 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.families import parts
 from jaxserve.models.families.alibi import alibi_slopes
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
-from jaxserve.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, Placement
+from jaxserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec, Placement
 
 
 def bloom_spec(config: HfConfig) -> ModelSpec:

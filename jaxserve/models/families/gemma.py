@@ -7,8 +7,9 @@ import math
 
 from jaxserve.models.families import parts
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import Activation, MlpSpec
 from jaxserve.models.names import Family
-from jaxserve.models.spec import Activation, AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, QkNormSpec, RopeSpec
+from jaxserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec, QkNormSpec, RopeSpec
 
 
 def gemma_spec(config: HfConfig) -> ModelSpec:
@@ -41,6 +42,8 @@ def gemma3_spec(config: HfConfig) -> ModelSpec:
     pattern = config.get("sliding_window_pattern", 0) or config.get("_sliding_window_pattern", 6)
     kinds = parts.read_layer_types(config, lambda i: (i + 1) % pattern != 0)
     window, full_rope, local_rope = parts.read_window(config, 4096), *_ropes(config, attention.head_size)
+    if config.get("use_bidirectional_attention", False):  # EmbeddingGemma, half of whose window is before a token and half after it
+        layer, window = parts.with_attention(layer, causal=False), window and window // 2 + 1
     layers = [
         parts.with_attention(layer, window=window, rope=local_rope)
         if kind == parts.SLIDING
@@ -84,4 +87,7 @@ _SANDWICH = parts.llama_layer_names(
 )
 GEMMA = parts.llama_family(gemma_spec, "GemmaForCausalLM")
 GEMMA2 = Family(architectures=("Gemma2ForCausalLM",), spec=gemma2_spec, layer_names=_SANDWICH, model_names=parts.llama_model_names())
-GEMMA3 = Family(architectures=("Gemma3ForCausalLM",), spec=gemma3_spec, layer_names=_SANDWICH, model_names=parts.llama_model_names())
+GEMMA3 = Family(
+    architectures=("Gemma3ForCausalLM", "Gemma3TextModel"), spec=gemma3_spec, layer_names=_SANDWICH,
+    model_names=parts.llama_model_names(),
+)  # fmt: skip

@@ -7,8 +7,9 @@ import math
 
 from jaxserve.models.families import parts
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
-from jaxserve.models.spec import AttentionSpec, LayerSpec, LearnedPositions, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from jaxserve.models.spec import AttentionSpec, LayerSpec, LearnedPositions, ModelSpec, NormSpec, RopeSpec
 
 
 def gpt2_spec(config: HfConfig) -> ModelSpec:
@@ -59,7 +60,7 @@ def _gpt2_model(config: HfConfig, layers: list[LayerSpec]) -> ModelSpec:
 def gptj_spec(config: HfConfig) -> ModelSpec:
     """One norm for attention and MLP, neighbours rotated, biases in the MLP and the head alone."""
     layer = _gpt2_layer(config, num_kv_heads=config.require("n_head", int), activation="gelu_new")
-    head_size = layer.attention.head_size
+    head_size = config.require("n_embd", int) // config.require("n_head", int)
     rope = RopeSpec(dim=config.get("rotary_dim", 0) or head_size, theta=10_000.0, interleaved=True)
     layer = dataclasses.replace(parts.with_attention(layer, rope=rope, qkv_bias=False, out_bias=False), placement="parallel_shared")
     model = _gpt2_model(config, [layer] * config.require("n_layer", int))

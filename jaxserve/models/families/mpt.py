@@ -7,16 +7,15 @@ import math
 from jaxserve.errors import ConfigError
 from jaxserve.models.families.alibi import alibi_slopes
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import Activation, MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
 from jaxserve.models.spec import (
-    Activation,
     AttentionSpec,
     DynamicScaling,
     LayerSpec,
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     QkNormSpec,

@@ -6,8 +6,9 @@ import dataclasses
 
 from jaxserve.models.families import parts
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
-from jaxserve.models.spec import LayerSpec, LearnedPositions, MlpSpec, ModelSpec, NormSpec
+from jaxserve.models.spec import LayerSpec, LearnedPositions, ModelSpec, NormSpec
 
 
 def opt_spec(config: HfConfig) -> ModelSpec:

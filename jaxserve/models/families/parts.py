@@ -9,16 +9,15 @@ from typing import Any
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import Activation, MlpSpec
 from jaxserve.models.names import Family, Names, stored, with_leaves
 from jaxserve.models.spec import (
-    Activation,
     AttentionSpec,
     DynamicScaling,
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     RopeScaling,
@@ -119,12 +118,13 @@ def _longrope(config: HfConfig, rope: Mapping[str, Any], dim: int, max_len: int)
     stated = config.get("original_max_position_embeddings", None)
     original_len = int(rope.get("original_max_position_embeddings", None) or stated or max_len)
     stretch = rope.get("factor", None) or max_len / original_len
-    attention_factor = rope.get("attention_factor", None)
+    attention_factor, long_factor = rope.get("attention_factor", rope.get("short_mscale", None)), rope.get("long_mscale", None)
     if attention_factor is None:
         attention_factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original_len))
     return LongRopeScaling(
-        short=divisors[0], long=divisors[1], attention_factor=float(attention_factor), original_len=original_len, max_len=max_len
-    )
+        short=divisors[0], long=divisors[1], attention_factor=float(attention_factor), original_len=original_len, max_len=max_len,
+        long_attention_factor=None if long_factor is None else float(long_factor),
+    )  # fmt: skip
 
 
 def read_heads(config: HfConfig) -> tuple[int, int, int]:
@@ -146,6 +146,7 @@ def read_attention(config: HfConfig, *, qkv_bias: bool | None = None, out_bias: 
     return AttentionSpec(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, sm_scale=1 / math.sqrt(head_size), rope=None,
         qkv_bias=bias if qkv_bias is None else qkv_bias, out_bias=bias if out_bias is None else out_bias,
+        causal=config.get("is_causal", True),
     )  # fmt: skip
 
 

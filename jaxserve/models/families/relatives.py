@@ -9,8 +9,9 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.families import parts
 from jaxserve.models.families.llama import llama_layer
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
-from jaxserve.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
+from jaxserve.models.spec import LayerSpec, ModelSpec, NormSpec
 
 
 def mistral_spec(config: HfConfig) -> ModelSpec:
@@ -35,13 +36,10 @@ def seed_oss_spec(config: HfConfig) -> ModelSpec:
 
 def internlm_spec(config: HfConfig) -> ModelSpec:
     """Llama whose biases have other names: InternLM 2's are all `bias`, InternLM 3 has qkv_bias beside it."""
-    bias = config.get("bias", False)
-    layer = llama_layer(config)
-    biases = {
-        "qkv_bias": config.get("qkv_bias", bias) or layer.attention.qkv_bias,
-        "out_bias": bias or layer.attention.out_bias,
-    }
-    mlp = dataclasses.replace(layer.mlp, bias=layer.mlp.bias or (bias and config.architecture.startswith("InternLM3")))
+    bias, attention_bias = config.get("bias", False), config.get("attention_bias", False)
+    layer, mlp = llama_layer(config), parts.read_mlp(config)
+    biases = {"qkv_bias": config.get("qkv_bias", bias) or attention_bias, "out_bias": bias or attention_bias}
+    mlp = dataclasses.replace(mlp, bias=mlp.bias or (bias and config.architecture.startswith("InternLM3")))
     return parts.read_model(config, dataclasses.replace(parts.with_attention(layer, **biases), mlp=mlp))
 
 

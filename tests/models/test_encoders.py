@@ -1,0 +1,196 @@
+"""Tiny random encoders, and decoders that give vectors, against transformers in float32: hidden states, and classifiers' numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from jaxserve.errors import ConfigError
+from jaxserve.models.batch import Batch
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.families import find_family
+from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.kv_cache import cache_shapes
+from jaxserve.models.params import merge_model, split_model
+from jaxserve.models.pooling import finish_pool, pool_step, pooled_tokens
+from jaxserve.models.spec import fold_layers
+from jaxserve.weights.checkpoint import open_checkpoint, read_config
+from jaxserve.weights.load import load_params
+from tests.models.variants import shuffled
+
+VOCAB, PAGE_SIZE = 130, 8
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+DISTIL = {"vocab_size": VOCAB, "dim": 48, "hidden_dim": 72, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64}
+ROBERTA = SIZES | {"pad_token_id": 1, "type_vocab_size": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A model of transformers, by the names of its class and of its configuration's."""
+
+    model: str
+    config: str
+    options: dict[str, Any]
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        torch.manual_seed(0)
+        return shuffled(getattr(transformers, self.model)(getattr(transformers, self.config)(**self.options)))
+
+    @functools.cached_property
+    def path(self) -> pathlib.Path:
+        directory = pathlib.Path(tempfile.mkdtemp(prefix="jaxserve-encoder-"))
+        self.reference.save_pretrained(directory)
+        return directory
+
+
+MODERN = {key: value for key, value in SIZES.items() if key != "pad_token_id"} | {
+    "num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+    "sep_token_id": 2,
+}  # fmt: skip
+GEMMA = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "query_pre_attn_scalar": 16, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "use_bidirectional_attention": True,
+}  # fmt: skip
+LLAMA = {key: value for key, value in SIZES.items() if key != "pad_token_id"} | {"num_key_value_heads": 2}
+GPT = {"vocab_size": VOCAB, "n_embd": 48, "n_head": 4, "n_layer": 3, "n_positions": 64, "bos_token_id": None, "eos_token_id": 0}
+ENCODERS = {
+    "llama, without a head": Encoder("LlamaModel", "LlamaConfig", LLAMA),
+    "modernbert": Encoder("ModernBertModel", "ModernBertConfig", MODERN),
+    "modernbert, biases": Encoder(
+        "ModernBertModel", "ModernBertConfig", MODERN | {"attention_bias": True, "mlp_bias": True, "norm_bias": True}
+    ),
+    "gemma3, whole texts": Encoder("Gemma3TextModel", "Gemma3TextConfig", GEMMA),
+    "bert": Encoder("BertModel", "BertConfig", SIZES),
+    "bert, one type, no gelu": Encoder("BertModel", "BertConfig", SIZES | {"type_vocab_size": 1, "hidden_act": "relu"}),
+    "roberta": Encoder("RobertaModel", "RobertaConfig", ROBERTA),
+    "xlm-roberta": Encoder("XLMRobertaModel", "XLMRobertaConfig", ROBERTA),
+    "distilbert": Encoder("DistilBertModel", "DistilBertConfig", DISTIL),
+}
+CLASSIFIERS = {
+    "qwen3, a score": Encoder("Qwen3ForSequenceClassification", "Qwen3Config", LLAMA | {"num_labels": 1, "head_dim": 12}),
+    "gpt2": Encoder("GPT2ForSequenceClassification", "GPT2Config", GPT | {"num_labels": 3}),
+    "bert, a score": Encoder("BertForSequenceClassification", "BertConfig", SIZES | {"num_labels": 1}),
+    "roberta": Encoder("RobertaForSequenceClassification", "RobertaConfig", ROBERTA | {"num_labels": 3}),
+    "xlm-roberta, a score": Encoder("XLMRobertaForSequenceClassification", "XLMRobertaConfig", ROBERTA | {"num_labels": 1}),
+    "modernbert": Encoder(
+        "ModernBertForSequenceClassification", "ModernBertConfig", MODERN | {"num_labels": 3, "classifier_pooling": "cls"}
+    ),
+    "modernbert, a score by the mean": Encoder(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        MODERN | {"num_labels": 1, "classifier_pooling": "mean", "classifier_bias": True, "classifier_activation": "relu"},
+    ),
+    "distilbert": Encoder("DistilBertForSequenceClassification", "DistilBertConfig", DISTIL | {"num_labels": 4}),
+}
+LENGTHS = (1, 19, 6)  # of texts that are computed together; the second text of each pair begins half way
+
+
+def run(path: pathlib.Path, texts: list[np.ndarray], *, pooled: bool) -> list[np.ndarray]:
+    """The hidden states of texts, or their vectors behind pooling and its layers, through one step over scattered pages."""
+    config = read_config(path)
+    family = find_family(config)
+    spec = family.spec(config)
+    assert not config.unread(), f"{config.unread()=}"
+    assert spec.pool is not None
+    method = spec.pool.method
+    groups = fold_layers(spec.layers, scan=True)
+    graphdef, shapes = split_model(Decoder(spec, groups, dtype=jnp.dtype(jnp.float32)))
+    with open_checkpoint(path) as checkpoint:
+        params = load_params(checkpoint, shapes, groups, family, progress=lambda done, total: None)
+    T, pages = sum(map(len, texts)) + 5, [-(-len(text) // PAGE_SIZE) for text in texts]
+    cache = jax.tree.map(
+        lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
+        cache_shapes(groups, num_pages=sum(pages) + 1, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
+    )
+    ids = np.random.default_rng(3).permutation(np.arange(1, sum(pages) + 1))
+    tokens, positions, types = np.zeros((3, T), np.int32)
+    table, starts = np.zeros((len(texts), max(pages)), np.int32), np.cumsum([0, *map(len, texts)])
+    for i, text in enumerate(texts):
+        here = slice(starts[i], starts[i + 1])
+        tokens[here], positions[here], types[here] = text, np.arange(len(text)), second(len(text))
+        table[i, : pages[i]] = ids[sum(pages[:i]) : sum(pages[: i + 1])]
+    batch = Batch(
+        tokens=jnp.asarray(tokens), positions=jnp.asarray(positions), page_table=jnp.asarray(table), token_types=jnp.asarray(types),
+        query_start=jnp.asarray(starts, jnp.int32), kv_len=jnp.asarray([len(text) for text in texts], jnp.int32),
+    )  # fmt: skip
+
+    def forward(params: Any, cache: Any) -> jax.Array:
+        model = merge_model(graphdef, params)
+        if not pooled:
+            return model.normed(model(batch, cache)[0])
+        hidden = model.normed(model(batch, cache, pooled_tokens(method, batch))[0])
+        sums = pool_step(method, hidden, jnp.zeros((len(texts), spec.width)), batch)
+        return finish_pool(method, sums, batch.kv_len, list(model.pool))
+
+    found = np.asarray(jax.jit(forward, compiler_options={"xla_backend_optimization_level": 0})(params, cache))
+    return list(found) if pooled else [found[starts[i] : starts[i + 1]] for i in range(len(texts))]
+
+
+def second(length: int) -> np.ndarray:
+    return np.arange(length) >= max(1, length // 2)
+
+
+def expected(reference: Any, text: np.ndarray) -> np.ndarray:
+    num_types = getattr(reference.config, "type_vocab_size", 0)
+    types = torch.tensor(second(len(text)) * (num_types > 1), dtype=torch.long)[None]
+    options = {"token_type_ids": types} if num_types else {}
+    with torch.no_grad():
+        outputs = reference(torch.tensor(text)[None], **options)
+    return (outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state)[0].numpy()
+
+
+def texts_of() -> list[np.ndarray]:
+    return [np.random.default_rng(length).integers(2, VOCAB, length) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_hidden_states_equal_transformers(name: str) -> None:
+    encoder = ENCODERS[name]
+    for text, found in zip(texts_of(), run(encoder.path, texts_of(), pooled=False), strict=True):
+        wanted = expected(encoder.reference, text)
+        assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max(), f"{len(text)=}"
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier_equals_transformers(name: str) -> None:
+    encoder = CLASSIFIERS[name]
+    for text, found in zip(texts_of(), run(encoder.path, texts_of(), pooled=True), strict=True):
+        wanted = expected(encoder.reference, text)
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max(), f"{len(text)=}"
+
+
+def test_names_of_the_oldest_checkpoints_are_known(tmp_path: pathlib.Path) -> None:
+    encoder = ENCODERS["bert"]
+    tensors = load_file(encoder.path / "model.safetensors")
+    old = {
+        f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for name, t in tensors.items()
+    }
+    save_file(old | {"bert.embeddings.position_ids": torch.arange(64)[None]}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((encoder.path / "config.json").read_text())
+    for found, wanted in zip(run(tmp_path, texts_of(), pooled=False), run(encoder.path, texts_of(), pooled=False), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("options", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])
+def test_option_that_changes_the_mathematics_is_refused(options: dict[str, Any]) -> None:
+    config = HfConfig({"architectures": ["BertModel"], **SIZES, **options})
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        find_family(config).spec(config)
