@@ -6,6 +6,7 @@ One `Metrics` per engine, with a registry of its own, so that two engines in one
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Iterable
 
@@ -23,6 +24,26 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N = (1, 2, 5, 10, 20)
 LABELS = ("model_name", "engine")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A counter or gauge at one moment."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HistogramFigure:
+    """A histogram at one moment; buckets hold how many observations were at most so large, by bound."""
+
+    name: str
+    labels: dict[str, str]
+    count: int
+    sum: float
+    buckets: dict[str, int]
 
 
 class CountedHistogram(Collector):
@@ -70,6 +91,26 @@ class Metrics:
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def read(self) -> list[Figure | HistogramFigure]:
+        """Every metric at this moment, in the order of /metrics."""
+        figures: list[Figure | HistogramFigure] = []
+        for family in self.registry.collect():
+            if family.type != "histogram":
+                found = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                figures += [Figure(name=sample.name, labels=dict(sample.labels), value=sample.value) for sample in found]
+                continue
+            parts: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
+            for sample in family.samples:
+                labels = {name: value for name, value in sample.labels.items() if name != "le"}
+                part = parts.setdefault(tuple(labels.items()), {})
+                part[sample.labels.get("le") or sample.name.removeprefix(family.name)] = sample.value
+            for labels, part in parts.items():
+                part.pop("_created", None)
+                count, total = part.pop("_count", 0), part.pop("_sum", 0.0)
+                buckets = {bound: int(value) for bound, value in part.items()}
+                figures.append(HistogramFigure(name=family.name, labels=dict(labels), count=int(count), sum=total, buckets=buckets))
+        return figures
 
     def _make_gauges(self) -> None:
         self.running = self._gauge("vllm:num_requests_running", "Requests in the running batch.")

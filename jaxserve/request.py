@@ -12,6 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxserve.errors import UserError
 
 MAX_LOGPROBS = 20
@@ -19,10 +22,25 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
+MAX_BAD_WORDS = 128  # after tokenization, where a word is most often two: with and without a space before it
+MAX_BAD_WORD_TOKENS = 32
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_PATTERN_TOKENS = 4096
 MAX_N = 16
+_MOST = 2**31 - 1
+RANGES: Mapping[str, tuple[float, float]] = {
+    "max_tokens": (0, _MOST), "min_tokens": (0, _MOST), "top_k": (0, _MOST), "n": (1, MAX_N), "seed": (-(2**63), 2**63 - 1),
+    "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS), "thinking_token_budget": (-1, _MOST),
+    "temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (0, 100),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+}  # fmt: skip
+_MOST_ENTRIES: Mapping[str, int] = {
+    "stop": MAX_STOP_STRINGS, "bad_words": MAX_BAD_WORDS, "stop_token_ids": MAX_STOP_TOKEN_IDS, "logit_bias": MAX_LOGIT_BIAS,
+    "logprob_token_ids": MAX_LOGPROB_TOKEN_IDS,
+}  # fmt: skip
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 Status = Literal["waiting", "running", "preempted", "finished"]
 
 
@@ -75,6 +93,25 @@ class StructuredOutputs:
                 raise UserError(self.source, f"{self.source}.{name} must be an object, not {type(getattr(self, name)).__name__}")
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionDetection:
+    """Ends an answer whose last tokens are some pattern, min_count times over; as vLLM's, whose 0 for both sizes turns it off.
+
+    Args:
+      max_pattern_size, min_pattern_size: tokens of a pattern.
+    Raises: UserError.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("repetition_detection.max_pattern_size", self.max_pattern_size, 0, MAX_PATTERN_TOKENS)
+        _check_range("repetition_detection.min_pattern_size", self.min_pattern_size, 0, self.max_pattern_size)
+        _check_range("repetition_detection.min_count", self.min_count, 2 if self.max_pattern_size else 0, _MOST)
+
+
 class Matcher(Protocol):
     """Follows one answer through a constraint: fill, then consume the token that was sampled, and so on."""
 
@@ -119,6 +156,8 @@ class SamplingParams:
       frequency_penalty: subtracted once per earlier occurrence in the output, in [-2, 2].
       repetition_penalty: divides (or multiplies, when negative) logits of tokens of prompt and output; > 0.
       logit_bias: token id -> value in [-100, 100], added to its logit.
+      allowed_token_ids: the only tokens that may be sampled.
+      bad_words: texts that the output must not contain; the token that would complete one, with or without a space before it, is banned.
       min_tokens: end-of-sequence and stop token ids are not sampled before this many tokens.
       seed: makes the request's tokens repeatable; None draws one at arrival.
       n: independent answers to one prompt; the front end makes n requests of it.
@@ -127,6 +166,9 @@ class SamplingParams:
       ignore_eos: go on past the end-of-sequence token.
       logprobs: top log-probabilities to return per sampled token (the sampled one always comes too).
       prompt_logprobs: the same for each prompt token.
+      logprob_token_ids: tokens whose log-probabilities to return, instead of the top ones.
+      repetition_detection: ends an answer that goes in circles, after min_tokens.
+      thinking_token_budget: most tokens of reasoning, then its end is forced; None and -1 mean no limit.
       skip_special_tokens: leave special tokens out of the text.
       shown_special_ids: special tokens that stay in the text all the same, as whoever reads it looks for them.
       structured_outputs: what the answer must look like; when it is complete, the answer ends whatever min_tokens and ignore_eos say.
@@ -142,6 +184,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
     min_tokens: int = 0
     seed: int | None = None
     n: int = 1
@@ -151,6 +195,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] = ()
+    repetition_detection: RepetitionDetection | None = None
+    thinking_token_budget: int | None = None
     skip_special_tokens: bool = True
     shown_special_ids: frozenset[int] = frozenset()
     structured_outputs: StructuredOutputs | None = None
@@ -158,62 +205,53 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids", "logprob_token_ids", "bad_words"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
-        self._check_counts()
-        self._check_floats()
+        self._check_numbers()
         self._check_lists()
 
-    def _check_counts(self) -> None:
-        if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
-        _check_range("top_k", self.top_k, 0, 2**31 - 1)
-        _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        _check_range("n", self.n, 1, MAX_N)
+    def _check_numbers(self) -> None:
+        for name, (low, high) in RANGES.items():
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low, high)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise UserError(name, f"{name}=0 is not allowed; it must be above 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError("min_tokens", f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
-        if self.seed is not None:
-            _check_range("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.prompt_logprobs is not None:
-            _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-
-    def _check_floats(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise UserError("top_p", "top_p=0 keeps no token; it must be in (0, 1]")
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
-        if self.repetition_penalty == 0:
-            raise UserError("repetition_penalty", "repetition_penalty=0 is not allowed; it must be above 0")
 
     def _check_lists(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise UserError("stop", f"{len(self.stop)} stop strings given; at most {MAX_STOP_STRINGS} are allowed")
-        for text in self.stop:
-            if not text:
-                raise UserError("stop", "a stop string must not be empty")
-            if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_CHARS:
-                raise UserError("stop", f"a stop string may have at most {MAX_STOP_CHARS} bytes")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise UserError("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} stop token ids are allowed")
-        bias = self.logit_bias or {}
-        if len(bias) > MAX_LOGIT_BIAS:
-            raise UserError("logit_bias", f"{len(bias)} entries given; at most {MAX_LOGIT_BIAS} are allowed")
-        for value in bias.values():
+        for name, most in _MOST_ENTRIES.items():
+            if len(getattr(self, name) or ()) > most:
+                raise UserError(name, f"{name} has {len(getattr(self, name))} entries; at most {most} are allowed")
+        for name, texts in (("stop", self.stop), ("bad_words", self.bad_words)):
+            for text in texts:
+                if not text or (name == "bad_words" and not text.strip()):
+                    raise UserError(name, f"{name} must not hold an empty string")
+                if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_CHARS:
+                    raise UserError(name, f"a string of {name} may have at most {MAX_STOP_CHARS} bytes")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise UserError("allowed_token_ids", "allowed_token_ids allows no token")
+        for value in (self.logit_bias or {}).values():
             _check_range("logit_bias", value, -100.0, 100.0)
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raise UserError if any token id lies outside the logits' width `vocab_size`."""
-        for field, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
-            for token in ids:
+        for field in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            for token in getattr(self, field) or ():
                 if not 0 <= token < vocab_size:
                     raise UserError(field, f"token id {token} is outside the vocabulary of {vocab_size} tokens")
+
+    def of_answer(self, number: int) -> SamplingParams:
+        """Those of one of the n answers; seeds run on, and wrap where 64 bits end."""
+        seed = None if self.seed is None else (self.seed + number + 2**63) % 2**64 - 2**63
+        return self if self.n == 1 else dataclasses.replace(self, n=1, seed=seed)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many tokens beside the sampled one come with their log-probabilities; None if no log-probabilities are wanted at all."""
+        return len(self.logprob_token_ids) or self.logprobs
 
     @property
     def has_penalties(self) -> bool:
@@ -234,6 +272,7 @@ class Request:
       seed: the number that the request's random keys derive from, 32 bits.
       cache_salt: keeps the prefix cache of one tenant from another; None shares.
       stop_ids: token ids that end the output (end-of-sequence and stop_token_ids; empty of eos with ignore_eos).
+      bad_words: params.bad_words as token ids.
       output_ids: tokens sampled and collected.
       num_computed: leading tokens of prompt + output whose keys and values are in the cache, or will be once
         the steps already dispatched have run.
@@ -241,8 +280,10 @@ class Request:
       pages: ids of the pages that hold the keys and values, in order.
       slot: index of the row of per-request sampling state on the device while running, else -1.
       num_cached: prompt tokens that the prefix cache held at the first admission.
-      constraint: of params.structured_outputs, compiled. The next token of such a request is not scheduled before the last one is known.
+      constraint: of params.structured_outputs, compiled, or of bounds like it. The next token of such a request is not scheduled
+        before the last one is known.
       awaits_mask: nor before the tokens that may come next are; written by the engine.
+      second_at: position at which the second text of a pair begins, for models that tell the two apart.
     """
 
     id: str
@@ -253,6 +294,7 @@ class Request:
     seed: int = 0
     cache_salt: str | None = None
     stop_ids: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     output_ids: list[int] = dataclasses.field(default_factory=list[int])
     num_computed: int = 0
     num_in_flight: int = 0
@@ -265,6 +307,7 @@ class Request:
     stop_reason: int | str | None = None
     constraint: Constraint | None = None
     awaits_mask: bool = False
+    second_at: int | None = None
 
     @property
     def num_known(self) -> int:
@@ -285,7 +328,7 @@ class TokenLogprobs:
       token_id: the token that stands at this position.
       logprob: its log-probability, finite.
       rank: 1-based rank of that token.
-      top: the likeliest tokens, best first, as (token id, log-probability).
+      top: the likeliest tokens, best first, as (token id, log-probability); with logprob_token_ids those, in the request's order.
     """
 
     token_id: int
@@ -309,6 +352,7 @@ class RequestOutput:
       num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
       error: message for the client when finish_reason is "error".
       fault: the field of the request that caused the error; None if the server did.
+      pooled: the text's vector, of models that give one.
     """
 
     id: str
@@ -323,6 +367,7 @@ class RequestOutput:
     num_output_tokens: int = 0
     error: str | None = None
     fault: str | None = None
+    pooled: NDArray[np.float32] | None = None
 
 
 def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxserve.metrics import Metrics
+from jaxserve.metrics import Figure, HistogramFigure, Metrics
 
 
 def test_counted_histogram_reads_like_any_other() -> None:
@@ -25,3 +25,23 @@ def test_counters_end_in_total_and_carry_the_engine() -> None:
     text = metrics.render().decode()
     assert 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 1.0' in text
     assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 0.0' in text
+
+
+def test_figures_are_what_prometheus_reads() -> None:
+    metrics = Metrics("m")
+    metrics.finished("stop")
+    metrics.running.set(3)
+    metrics.inter_token_s.observe(0.02, 3)
+    metrics.step_seconds("decode 4", 0.03)
+    metrics.step_seconds("prefill 32", 9.0)
+    figures = metrics.read()
+    plain = {(figure.name, figure.labels.get("finished_reason")): figure.value for figure in figures if isinstance(figure, Figure)}
+    assert plain[("vllm:request_success_total", "stop")] == 1
+    assert plain[("vllm:num_requests_running", None)] == 3
+    histograms = {(figure.name, figure.labels.get("shape")): figure for figure in figures if isinstance(figure, HistogramFigure)}
+    between = histograms[("vllm:inter_token_latency_seconds", None)]
+    assert (between.count, between.buckets["0.01"], between.buckets["0.025"], between.buckets["+Inf"]) == (3, 0, 3, 3)
+    assert between.sum == 0.06
+    assert [histograms[("jaxserve:step_seconds", shape)].count for shape in ("decode 4", "prefill 32")] == [1, 1]
+    shown = {sample.name for family in text_string_to_metric_families(metrics.render().decode()) for sample in family.samples}
+    assert {figure.name for figure in figures if isinstance(figure, Figure)} <= shown

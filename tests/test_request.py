@@ -18,6 +18,8 @@ from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs, merge
         ("top_k", -2), ("min_p", 2.0), ("presence_penalty", 2.5), ("frequency_penalty", -3.0), ("repetition_penalty", 0.0), ("seed", 2**64),
         ("n", 0), ("n", 17), ("logprobs", 21), ("prompt_logprobs", -1), ("stop", [""]), ("stop", ["a"] * 5), ("stop", ["x" * 2000]),
         ("stop_token_ids", [1] * 65), ("logit_bias", {1: 101.0}), ("logit_bias", dict.fromkeys(range(1025), 0.0)), ("temperature", True),
+        ("allowed_token_ids", []), ("bad_words", [" "]), ("bad_words", ["x" * 2000]), ("bad_words", ["x"] * 129),
+        ("logprob_token_ids", [1] * 129), ("thinking_token_budget", -2),
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
@@ -29,6 +31,13 @@ def test_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
 def test_min_tokens_above_max_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="min_tokens=5 exceeds max_tokens=4"):
         SamplingParams(max_tokens=4, min_tokens=5)
+
+
+def test_seeds_of_answers_run_on_and_wrap() -> None:
+    params = SamplingParams(n=3, seed=2**63 - 2, top_k=4)
+    assert [params.of_answer(number).seed for number in range(3)] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert params.of_answer(1) == SamplingParams(seed=2**63 - 1, top_k=4)
+    assert SamplingParams(n=2).of_answer(1).seed is None
 
 
 def test_minus_one_turns_top_k_off() -> None:

@@ -10,6 +10,9 @@ import tokenizers
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from jaxserve import LLM
+from jaxserve.engine.engine import Engine
+
 VOCAB = 320
 EOS = "<|end|>"
 TEXT = ["the quick brown fox jumps over the lazy dog", "a capital of a country is a city", "日本語 émoji 😀🎉 text"]
@@ -32,6 +35,12 @@ def tiny_model(*, chat_template: bool = True, max_len: int = 256) -> pathlib.Pat
     LlamaForCausalLM(config).save_pretrained(directory)
     save_tokenizer(directory, eos=EOS, chat_template=CHAT_TEMPLATE if chat_template else None)
     return directory
+
+
+def core(llm: LLM) -> Engine:
+    """The one engine of an LLM on one device."""
+    assert isinstance(llm._engine, Engine)
+    return llm._engine
 
 
 def save_tokenizer(directory: pathlib.Path, *, eos: str, chat_template: str | None) -> None:

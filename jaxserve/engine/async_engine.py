@@ -13,21 +13,25 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.admit import Admission
 from jaxserve.engine.engine import Engine, FatalEngineError
 from jaxserve.engine.load import ServedModel, load_engine
+from jaxserve.engine.orders import Foreman, Order, PauseMode
+from jaxserve.engine.profile import Profiler
+from jaxserve.engine.replicas import Replicas
+from jaxserve.engine.stream import OutputStream
 from jaxserve.errors import ConfigError, EngineUnavailableError, QueueFullError, UserError
 from jaxserve.metrics import Metrics
-from jaxserve.request import Constraint, Request, RequestOutput, SamplingParams, merge_outputs
+from jaxserve.request import Constraint, Request, RequestOutput, SamplingParams
 
 log = logging.getLogger(__name__)
 
 Phase = Literal["loading", "compiling", "ready", "draining", "failed"]
-Loader = Callable[[EngineConfig, Metrics, Callable[[str], None]], tuple[Engine, ServedModel]]
+Loader = Callable[[EngineConfig, Metrics, Callable[[str], None]], tuple[Engine | Replicas, ServedModel]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,48 +40,6 @@ class EngineState:
 
     phase: Phase
     detail: str = ""
-
-
-class OutputStream:
-    """The outputs of one request, as an async iterator that ends after the one with a finish reason.
-
-    Outputs that come faster than they are read are merged; what a slow reader leaves unread is bounded by the answer's length.
-    """
-
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
-        self.id = request_id
-        self._abort = abort
-        self._unread: list[RequestOutput] = []
-        self._arrived = asyncio.Event()
-        self._ended = False
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if not self._ended:
-            await self._arrived.wait()
-            self._arrived.clear()
-        if not self._unread:
-            raise StopAsyncIteration
-        unread, self._unread = self._unread, []
-        return merge_outputs(unread)
-
-    def abort(self) -> None:
-        """Give the request up; its pages are free within a step. Harmless when it has ended."""
-        if not self._ended:
-            self._ended = True
-            self._unread.clear()
-            self._arrived.set()
-            self._abort(self.id)
-
-    def put(self, output: RequestOutput) -> None:
-        """Hand an output to the reader; called on the event loop."""
-        if self._ended:
-            return
-        self._unread.append(output)
-        self._ended = output.finish_reason is not None
-        self._arrived.set()
 
 
 class AsyncEngine:
@@ -94,9 +56,14 @@ class AsyncEngine:
         self._load, self._on_failure = load, on_failure
         self._state = EngineState("loading")
         self._served: ServedModel | None = None
+        self._loaded = asyncio.Event()
         self._admission: Admission | None = None
         self._streams: dict[str, OutputStream] = {}
-        self._inbox: collections.deque[Request | str] = collections.deque()
+        self._inbox: collections.deque[Request | str | Order] = collections.deque()
+        self._orders: dict[int, asyncio.Future[bool]] = {}
+        self._num_orders = 0
+        self._foreman = Foreman(lambda number, done: self._post(self._answer, number, done))
+        self._profiler = Profiler(config.profile_path)
         self._wake = threading.Event()
         self._stopping = False
         self._busy_since_s: float | None = None
@@ -127,6 +94,11 @@ class AsyncEngine:
         return self._served
 
     @property
+    def is_paused(self) -> bool:
+        """Whether requests wait for resume()."""
+        return self._foreman.is_paused
+
+    @property
     def num_unfinished(self) -> int:
         """Requests whose last output has not been handed out."""
         return len(self._streams)
@@ -135,6 +107,13 @@ class AsyncEngine:
         """Start loading; to be called on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    async def wait_ready(self) -> ServedModel:
+        """The model, once requests would be answered. Raises: EngineUnavailableError saying why that will never be."""
+        await self._loaded.wait()
+        if self._state.phase != "ready":
+            raise EngineUnavailableError(self._state.detail or self._state.phase)
+        return self.served
 
     def submit(
         self, *, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, cache_salt: str | None = None,
@@ -146,9 +125,22 @@ class AsyncEngine:
           constraint: params.structured_outputs as served.grammars compiles it.
         Raises: UserError, QueueFullError, EngineUnavailableError; then nothing has been queued.
         """
+        make = self._ready_admission().make_request
+        return self._queue(make(prompt_ids, params, priority=priority, cache_salt=cache_salt, constraint=constraint))
+
+    def submit_pooling(
+        self, prompt_ids: Sequence[int], *, second_at: int | None = None, priority: int = 0, cache_salt: str | None = None
+    ) -> OutputStream:
+        """Queue a request for the vector of a text; see Admission.make_pool_request, and submit for what it raises."""
+        make = self._ready_admission().make_pool_request
+        return self._queue(make(prompt_ids, second_at=second_at, priority=priority, cache_salt=cache_salt))
+
+    def _ready_admission(self) -> Admission:
         if self._state.phase != "ready" or self._admission is None:
             raise EngineUnavailableError(f"no new requests: {self._state.detail or self._state.phase}")
-        request = self._admission.make_request(prompt_ids, params, priority=priority, cache_salt=cache_salt, constraint=constraint)
+        return self._admission
+
+    def _queue(self, request: Request) -> OutputStream:
         self._check_queue(len(request.prompt_ids))
         stream = OutputStream(request.id, self._abort)
         self._streams[request.id] = stream
@@ -172,8 +164,37 @@ class AsyncEngine:
         """End every request; its reader gets the finish reason "abort"."""
         for request_id in list(self._streams):
             self._inbox.append(request_id)
-            self._deliver([RequestOutput(id=request_id, finish_reason="abort")])
+            self._deliver([RequestOutput(id=request_id, finish_reason="abort", error="it is shutting down")])
         self._wake.set()
+
+    def cut_short(self, names: Collection[str] | None) -> int:
+        """End requests with what they have, all or those of these ids or names; their number. Readers get the reason "abort"."""
+        chosen = [
+            stream.id for stream in self._streams.values() if names is None or stream.id in names or (stream.name and stream.name in names)
+        ]
+        self._inbox.append(Order(kind="end", request_ids=tuple(chosen)))
+        self._wake.set()
+        return len(chosen)
+
+    async def pause(self, mode: PauseMode, *, clear_cache: bool) -> bool:
+        """Stop stepping; returns when the device is idle. Requests may come meanwhile, and wait. False if another order came first."""
+        return await self._tell(Order(kind="pause", mode=mode, clear_cache=clear_cache))
+
+    async def resume(self) -> None:
+        """Go on; harmless when not paused."""
+        await self._tell(Order(kind="resume"))
+
+    async def reset_prefix_cache(self, *, preempt: bool) -> bool:
+        """Forget all cached prefixes; False while requests run, unless they may be preempted, after which they begin again."""
+        return await self._tell(Order(kind="reset_prefix_cache", preempt=preempt))
+
+    async def start_profile(self) -> None:
+        """Begin a trace. Raises: UserError if one is under way."""
+        await asyncio.to_thread(self._profiler.start)
+
+    async def stop_profile(self) -> None:
+        """End the trace and write it. Raises: UserError if none is under way."""
+        await asyncio.to_thread(self._profiler.stop)
 
     def stop(self, *, timeout_s: float) -> bool:
         """End the thread after its current step; whether it has ended in time. Loading cannot be interrupted and is not waited for."""
@@ -181,12 +202,14 @@ class AsyncEngine:
         self._wake.set()
         if self._served is not None:
             self._thread.join(timeout_s)
+            if self._served.group is not None:
+                self._served.group.close()
         return not self._thread.is_alive()
 
     def _check_queue(self, prompt_len: int) -> None:
         limits = self.config.schedule
         waiting, waiting_tokens = self._waiting
-        coming = [len(item.prompt_ids) for item in tuple(self._inbox) if not isinstance(item, str)]
+        coming = [len(item.prompt_ids) for item in tuple(self._inbox) if isinstance(item, Request)]
         too_long = waiting + len(coming) > 0 and waiting_tokens + sum(coming) + prompt_len > limits.max_queue_tokens
         if waiting + len(coming) >= limits.max_queue or too_long:
             raise QueueFullError(1.0)
@@ -196,6 +219,20 @@ class AsyncEngine:
             self._inbox.append(request_id)
             self._wake.set()
 
+    async def _tell(self, order: Order) -> bool:
+        if self._state.phase == "failed":
+            raise EngineUnavailableError("the engine failed")
+        self._num_orders += 1
+        done = self._orders[self._num_orders] = asyncio.get_running_loop().create_future()
+        self._inbox.append(dataclasses.replace(order, number=self._num_orders))
+        self._wake.set()
+        return await done
+
+    def _answer(self, number: int, result: bool) -> None:
+        done = self._orders.pop(number, None)
+        if done is not None and not done.done():
+            done.set_result(result)
+
     def _run(self) -> None:
         try:
             engine, served = self._load(self.config, self.metrics, self._on_loading)
@@ -203,6 +240,8 @@ class AsyncEngine:
             log.error("loading failed: %s", error, exc_info=not isinstance(error, ConfigError))
             self._post(self._fail, f"loading failed: {error}", [])
             return
+        if served.group is not None:
+            served.group.on_loss(lambda reason: self._post(self._fail, f"the engine failed: {reason}", []))
         self._post(self._become_ready, served)
         try:
             self._serve(engine)
@@ -213,10 +252,10 @@ class AsyncEngine:
             log.critical("the engine stops", exc_info=error)
             self._post(self._fail, "the engine failed", engine.fail_all("the engine failed; it is safe to try again"))
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, engine: Engine | Replicas) -> None:
         while not self._stopping:
             outputs = self._drain_inbox(engine)
-            if engine.has_work:
+            if engine.has_work and not self._foreman.is_frozen:
                 self._busy_since_s = time.monotonic()
                 outputs += engine.step()
             else:
@@ -224,21 +263,30 @@ class AsyncEngine:
             self._waiting = engine.waiting
             if outputs:
                 self._post(self._deliver, outputs)
-            if not engine.has_work and not self._inbox:
+            if engine.has_work and not self._foreman.is_frozen:
+                continue
+            self._foreman.settle(engine)
+            if self._foreman.is_paused or not self._inbox:
                 self._busy_since_s = None
                 self._wake.wait(timeout=1.0)
                 self._wake.clear()
 
-    def _drain_inbox(self, engine: Engine) -> list[RequestOutput]:
+    def _drain_inbox(self, engine: Engine | Replicas) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
-        blocked: list[Request | str] = []
+        blocked: list[Request] = []
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, str):
                 engine.abort(item)
                 continue
+            if isinstance(item, Order):
+                outputs += self._foreman.carry_out(engine, item, blocked)
+                continue
             if item.id not in self._streams:
                 continue  # given up before it came in
+            if self._foreman.is_paused:
+                blocked.append(item)
+                continue
             try:
                 engine.add(item)
             except QueueFullError:
@@ -268,6 +316,7 @@ class AsyncEngine:
         self._admission = Admission(served, seed=self.config.model.seed)
         if self._state.phase in ("loading", "compiling"):
             self._state = EngineState("ready")
+        self._loaded.set()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
@@ -279,8 +328,11 @@ class AsyncEngine:
 
     def _fail(self, detail: str, outputs: list[RequestOutput]) -> None:
         self._state = EngineState("failed", detail)
+        self._loaded.set()
         self._deliver(outputs)
         for stream in list(self._streams.values()):
             self._deliver([RequestOutput(id=stream.id, finish_reason="error", error="the engine failed; it is safe to try again")])
+        for number in list(self._orders):
+            self._answer(number, False)
         if self._on_failure is not None:
             self._on_failure(detail)

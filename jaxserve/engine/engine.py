@@ -12,10 +12,15 @@ import logging
 import time
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxserve.engine.bounds import goes_in_circles
 from jaxserve.engine.masks import Masks
 from jaxserve.metrics import Metrics
 from jaxserve.request import Request, RequestOutput, TokenLogprobs
 from jaxserve.runner.runner import Pending, Runner, StepResult
+from jaxserve.runner.sampling import INVALID_TOKEN
 from jaxserve.scheduler.schedule import Schedule
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.text.detokenize import Detokenizer
@@ -25,6 +30,8 @@ log = logging.getLogger(__name__)
 
 STEP_ERROR = "the step that computed this request failed on the server; it is safe to try again"
 NOT_FINITE = "the model's output for this request is not a finite number"
+REPETITION = "repetition_detected"
+NO_TOKEN_LEFT = "no token is left that the request allows"
 
 
 class FatalEngineError(RuntimeError):
@@ -94,6 +101,16 @@ class Engine:
         """Requests and prompt tokens that wait for their first step."""
         return self._scheduler.num_waiting, self._scheduler.num_waiting_tokens
 
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache."""
+        return self._scheduler.num_pages
+
+    @property
+    def gauges(self) -> tuple[int, int, float]:
+        """Requests running and waiting, and the share of the cache in use."""
+        return self._scheduler.num_running, self._scheduler.num_waiting, self._scheduler.usage
+
     def add(self, request: Request) -> None:
         """Take a request in; its outputs come from step().
 
@@ -117,9 +134,40 @@ class Engine:
             self._metrics.finished("abort")
             self._update_gauges()
 
-    def step(self) -> list[RequestOutput]:
+    def end(self, request_id: str) -> RequestOutput | None:
+        """End a request with what it has, for its reader to get; None if it is not known."""
+        live = self._live.get(request_id)
+        if live is None:
+            return None
+        self._scheduler.finish(live.request, "abort")
+        text = live.detokenizer.push((), final=True).text
+        self._forget(live, self._clock())
+        self._update_gauges()
+        return RequestOutput(
+            id=request_id, text=text, finish_reason="abort", num_prompt_tokens=len(live.request.prompt_ids),
+            num_cached_tokens=max(live.request.num_cached, 0), num_output_tokens=len(live.request.output_ids),
+        )  # fmt: skip
+
+    def end_all(self) -> list[RequestOutput]:
+        """End every request with what it has."""
+        return [output for request_id in list(self._live) if (output := self.end(request_id)) is not None]
+
+    def settle(self) -> list[RequestOutput]:
+        """Collect the step that is under way, and begin none."""
+        pending, self._pending = self._pending, None
+        outputs = [] if pending is None else self._collect(pending)
+        self._update_gauges()
+        return outputs
+
+    def reset_prefix_cache(self, *, preempt: bool) -> bool:
+        """Forget all cached prefixes; False while requests run, unless they may be preempted, after which they begin again."""
+        return self._scheduler.reset_prefix_cache(preempt=preempt)
+
+    def step(self, *, may_wait: bool = True) -> list[RequestOutput]:
         """Dispatch the next step, if there is any, and collect the one before.
 
+        Args:
+          may_wait: with nothing to dispatch, wait a little for masks; not if other engines share the thread.
         Raises: FatalEngineError, with which every request has ended.
         """
         before = self._pending
@@ -131,7 +179,7 @@ class Engine:
                 self._pending = self._dispatch(schedule)
             except Exception as error:
                 outputs += self._fail(schedule, error)
-        elif before is None:
+        elif before is None and may_wait:
             outputs += self._settle_masks(idle=True)
         if before is not None:
             outputs += self._collect(before)
@@ -152,7 +200,8 @@ class Engine:
         outputs: list[RequestOutput] = []
         for request, problem in self._masks.settle(idle=idle):
             spec = request.params.structured_outputs
-            outputs.append(self._error(self._live[request.id], problem, fault=None if spec is None else spec.source))
+            fault = "allowed_token_ids" if spec is None else spec.source
+            outputs.append(self._error(self._live[request.id], problem, fault=fault))
         return outputs
 
     def _dispatch(self, schedule: Schedule) -> Pending:
@@ -187,14 +236,20 @@ class Engine:
         outputs = self._take_back_invalid(pending, result)
         self._keep_prompt_logprobs(pending, result)
         logprobs = {row.request.id: value for row, value in zip(pending.schedule.rows, result.logprobs, strict=True) if value is not None}
+        vectors = {} if result.pooled is None else {
+            row.request.id: vector for row, vector in zip(pending.schedule.rows, result.pooled, strict=False)
+        }  # fmt: skip
         advanced = self._scheduler.update(pending.schedule, result.tokens)
         intervals: dict[float, int] = {}
         for row, ids in advanced:
             live = self._live[row.request.id]
             self._time_tokens(live, now, intervals)
-            outputs.append(self._advance(live, ids, logprobs.get(row.request.id), now))
+            vector = vectors.get(row.request.id)
+            advance = self._advance(live, ids, logprobs.get(row.request.id), now) if vector is None else self._pooled(live, vector, now)
+            outputs.append(advance)
         self._masks.advance(row.request for row, _ in advanced)
-        self._metrics.generation_tokens.inc(sum(len(ids) for _, ids in advanced))
+        if result.pooled is None:
+            self._metrics.generation_tokens.inc(sum(len(ids) for _, ids in advanced))
         for interval, count in intervals.items():
             self._metrics.inter_token_s.observe(interval, count)
         return outputs
@@ -212,7 +267,7 @@ class Engine:
                 result.tokens[i] = ()
                 live = self._live.get(row.request.id)
                 if live is not None:
-                    outputs.append(self._error(live, NOT_FINITE))
+                    outputs.append(self._error(live, NOT_FINITE) if ids[0] == INVALID_TOKEN else self._no_token_left(live))
         if prompt_tokens:
             self._metrics.prompt_tokens.inc(prompt_tokens)
         return outputs
@@ -223,6 +278,9 @@ class Engine:
         if request.constraint is not None and not stopped_by_token and self._masks.consume(request, ids):
             self._scheduler.finish(request, "stop")
             stopped_by_token = ids[-1] in self._eos_ids
+        circles = request.params.repetition_detection
+        if circles is not None and len(request.output_ids) >= request.params.min_tokens and goes_in_circles(request.output_ids, circles):
+            self._scheduler.finish(request, "repetition", REPETITION)
         shown = ids[:-1] if stopped_by_token and not request.params.include_stop_str_in_output else ids
         piece = live.detokenizer.push(shown, final=request.finish_reason is not None)
         if piece.stop is not None and not stopped_by_token:
@@ -237,6 +295,15 @@ class Engine:
             logprobs=None if logprobs is None else (logprobs,), prompt_logprobs=prompt_logprobs,
             finish_reason=request.finish_reason, stop_reason=request.stop_reason, num_prompt_tokens=len(request.prompt_ids),
             num_cached_tokens=max(request.num_cached, 0), num_output_tokens=len(request.output_ids),
+        )  # fmt: skip
+
+    def _pooled(self, live: _Live, vector: NDArray[np.float32], now: float) -> RequestOutput:
+        """The only output of a request for a vector; the token that stands for it in the accounts is not shown."""
+        request = live.request
+        self._forget(live, now)
+        return RequestOutput(
+            id=request.id, finish_reason=request.finish_reason, num_prompt_tokens=len(request.prompt_ids),
+            num_cached_tokens=max(request.num_cached, 0), pooled=vector.copy(),
         )  # fmt: skip
 
     def _keep_prompt_logprobs(self, pending: Pending, result: StepResult) -> None:
@@ -284,6 +351,11 @@ class Engine:
             num_cached_tokens=max(live.request.num_cached, 0), num_output_tokens=len(live.request.output_ids),
         )  # fmt: skip
 
+    def _no_token_left(self, live: _Live) -> RequestOutput:
+        params = live.request.params
+        fault = "bad_words" if params.bad_words else "allowed_token_ids" if params.allowed_token_ids is not None else None
+        return self._error(live, NO_TOKEN_LEFT, fault=fault)
+
     def _fail(self, schedule: Schedule, error: Exception) -> list[RequestOutput]:
         """End the requests of a step that raised; the others go on."""
         log.exception("a step failed: rows=%d tokens=%d", len(schedule.rows), schedule.num_tokens, exc_info=error)
@@ -301,9 +373,8 @@ class Engine:
 
     def _update_gauges(self) -> None:
         scheduler, metrics = self._scheduler, self._metrics
-        metrics.running.set(scheduler.num_running)
-        metrics.waiting.set(scheduler.num_waiting)
-        metrics.cache_usage.set(scheduler.usage)
+        for gauge, value in zip((metrics.running, metrics.waiting, metrics.cache_usage), self.gauges, strict=True):
+            gauge.set(value)
         counts = (scheduler.num_preemptions, scheduler.prefix_queries, scheduler.prefix_hits)
         if counts != self._counted:
             for counter, now, before in zip(

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine.bounds import ThinkingMarks, thinking_marks
+from jaxserve.engine.defaults import read_generation, sampling_defaults
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.multihost import Follower, Leader, join, meet
+from jaxserve.engine.replicas import Replicas
+from jaxserve.engine.task import choose_family
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import Metrics
-from jaxserve.models.families import find_family
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.names import Family
 from jaxserve.models.spec import ModelSpec, limit_length
+from jaxserve.pooling import Pooling
 from jaxserve.runner.compile import count_compiles, use_compile_cache
-from jaxserve.runner.programs import Limits
+from jaxserve.runner.mesh import plan_mesh
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.grammar import Grammars
+from jaxserve.text.reasoning import choose_reasoning_format
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.version import VERSION
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
+from jaxserve.weights.sentence_transformers import WithModules
 from jaxserve.weights.source import resolve_model
 
 log = logging.getLogger(__name__)
@@ -40,6 +53,10 @@ class ServedModel:
       vocab_size: width of the logits; every token id of a request lies below it.
       eos_ids: tokens that end an answer.
       grammars: compiles structured outputs.
+      pooling: what texts become, for models that turn them into vectors.
+      group: the other processes that serve it, if there are any.
+      defaults: sampling parameters that the model's makers want where a request leaves them open.
+      thinking: marks around the model's reasoning, if an end to it can be forced.
     """
 
     tokenizer: Tokenizer
@@ -48,35 +65,38 @@ class ServedModel:
     vocab_size: int
     eos_ids: frozenset[int]
     grammars: Grammars
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    thinking: ThinkingMarks | None = None
+    pooling: Pooling | None = None
+    group: Leader | None = None
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Parameters that this model cannot serve, and why."""
+        reason = "needs a model whose reasoning ends with a marker; none is known for this one (--reasoning-parser)"
+        return {"thinking_token_budget": reason} if self.thinking is None else {}
 
 
-def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> tuple[Engine, ServedModel]:
+def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> tuple[Engine | Replicas, ServedModel]:
     """Load and compile; blocks until the first step could run.
 
     Args:
       on_state: called with a short word on what is going on, such as "compiling 7/12".
     Raises: ConfigError saying what does not fit.
     """
-    started_s = time.monotonic()
-    on_state("resolving the model")
-    path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path)
-    hf_config = read_config(path)
-    family = find_family(hf_config)
-    spec = _limited(family.spec(hf_config), config)
-    _check_config(hf_config, ignore=config.model.ignore_config_keys)
-    use_compile_cache(config.cache_path / "programs")
-    count_compiles(metrics)
-    tokenizer = _load_tokenizer(config, path)
-    eos_ids = _eos_ids(hf_config, tokenizer, spec.vocab_size)
-    runner = Runner(spec, family, config, eos_ids=eos_ids)
-    on_state("loading")
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        weights_future = pool.submit(_load_weights, runner, path)
-        _compile(runner, metrics, on_state)
-        weights_future.result()
-    log.info("ready in seconds=%.1f\n%s", time.monotonic() - started_s, runner.memory.table())
-    scheduler = _make_scheduler(config, runner.limits, runner.memory.num_pages)
-    engine = Engine(runner, scheduler, tokenizer, metrics, eos_ids=eos_ids, overlap=config.schedule.overlap)
+    model = _find_model(config, metrics, on_state)
+    spec, tokenizer, eos_ids = model.spec, model.tokenizer, model.eos_ids
+    group, runners = _load_runners(config, model, metrics, on_state)
+    assert not isinstance(group, Follower), "followers have no engine: follow_leader is their way"
+    if group is not None:
+        for i, runner in enumerate(runners):
+            runner.lead(functools.partial(group.tell, i))
+    runner = runners[0]  # they are alike
+    engines = [
+        Engine(each, _make_scheduler(config, each, spec), tokenizer, metrics, eos_ids=eos_ids, overlap=config.schedule.overlap)
+        for each in runners
+    ]
+    engine = engines[0] if len(engines) == 1 else Replicas(engines, metrics, page_size=runner.limits.page_size)
     template = config.model.chat_template
     source = _read_template(template) if template else tokenizer.chat_template
     max_len = min(runner.limits.max_len, (runner.memory.num_pages - 1) * runner.limits.page_size)
@@ -89,13 +109,92 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     served = ServedModel(
         tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids,
         grammars=Grammars(tokenizer, vocab_size=spec.vocab_size, eos_ids=eos_ids),
+        pooling=model.pooling, defaults=model.defaults, group=group,
+        thinking=thinking_marks(choose_reasoning_format(config.server.reasoning_parser, source), tokenizer),
     )  # fmt: skip
     return engine, served
 
 
-def _limited(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+def follow_leader(config: EngineConfig, metrics: Metrics) -> None:
+    """Load and compile as the leader does, and run what it says until it lets go.
+
+    Raises: ConfigError saying what does not fit; ConnectionError if the leader is gone.
+    """
+    group, runners = _load_runners(config, _find_model(config, metrics, log.info), metrics, log.debug)
+    assert isinstance(group, Follower), "process 0 leads"
+    while (message := group.receive()) is not None:
+        copy, program, arrays = message
+        runners[copy].replay(program, arrays)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """What a configuration names, before it is loaded."""
+
+    path: pathlib.Path
+    hf_config: HfConfig
+    family: Family
+    pooling: Pooling | None
+    spec: ModelSpec
+    defaults: Mapping[str, Any]
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]
+
+
+def _find_model(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> _Model:
+    join(config.parallel)
+    on_state("resolving the model")
+    path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path)
+    hf_config = read_config(path)
+    family, pooling = choose_family(config, hf_config, path)
+    spec = _limited(family.spec(hf_config), config, pooling)
+    generation = read_generation(config.model, hf_config.generation)
+    defaults = sampling_defaults(config.model, generation)
+    _check_config(hf_config, ignore=config.model.ignore_config_keys)
+    use_compile_cache(config.cache_path / "programs")
+    count_compiles(metrics)
+    tokenizer = _load_tokenizer(config, path)
+    eos_ids = _eos_ids(hf_config, generation, tokenizer, spec.vocab_size)
+    return _Model(
+        path=path, hf_config=hf_config, family=family, pooling=pooling, spec=spec, defaults=defaults, tokenizer=tokenizer, eos_ids=eos_ids
+    )
+
+
+def _load_runners(
+    config: EngineConfig, model: _Model, metrics: Metrics, on_state: Callable[[str], None]
+) -> tuple[Leader | Follower | None, list[Runner]]:
+    """Every copy of the model, ready, and the other processes that have it too."""
+    started_s = time.monotonic()
+    group = meet(_identity(config, model))
+    plan = plan_mesh(config, model.spec)
+    log.info(plan.table())
+    runners = [Runner(model.spec, model.family, config, target, eos_ids=model.eos_ids) for target in plan.targets]
+    on_state("loading")
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+        weights_future = pool.submit(_load_weights, runners, model.path, model.pooling)
+        _compile(runners, metrics, on_state)
+        weights_future.result()
+    log.info("ready in seconds=%.1f\n%s\n%s", time.monotonic() - started_s, plan.table(), runners[0].memory.table())
+    return group, runners
+
+
+def _identity(config: EngineConfig, model: _Model) -> dict[str, Any]:
+    """What processes that serve together must have in common: versions, the model, and every option that shapes a program."""
+    sections = (config.model, config.cache, config.schedule, config.compile)
+    options = {f"--{name.replace('_', '-')}": value for section in sections for name, value in dataclasses.asdict(section).items()}
+    for own in ("--cache-dir", "--compile-threads"):
+        del options[own]
+    return {
+        "version": VERSION, "jax": jax.__version__, "mesh": config.parallel.axes,
+        "model": hashlib.sha256(repr(model.spec).encode()).hexdigest(), **options,
+    }  # fmt: skip
+
+
+def _limited(spec: ModelSpec, config: EngineConfig, pooling: Pooling | None) -> ModelSpec:
     """The model for texts of --max-len tokens at most, on which some rotary positions depend."""
     max_len = config.model.max_len
+    if max_len is None and pooling is not None and pooling.max_len is not None:
+        max_len = min(pooling.max_len, spec.max_len)
     if max_len is not None and max_len > spec.max_len:
         raise ConfigError(f"--max-len={max_len} exceeds the {spec.max_len} tokens that {config.model.model} was trained for")
     return spec if max_len is None else limit_length(spec, max_len)
@@ -125,29 +224,32 @@ def _read_template(path: str) -> str:
         raise ConfigError(f"cannot read the chat template {path}: {error}") from None
 
 
-def _eos_ids(config: HfConfig, tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
+def _eos_ids(config: HfConfig, generation: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
     """End-of-sequence ids of generation_config.json, else of config.json, and of the tokenizer."""
-    found = config.generation.get("eos_token_id")
+    found = generation.get("eos_token_id")
     if found is None:
         found = config.get("eos_token_id", None)
     ids = set(tokenizer.eos_ids) | set(found if isinstance(found, list) else [] if found is None else [found])
     return frozenset(token for token in ids if 0 <= token < vocab_size)
 
 
-def _load_weights(runner: Runner, path: pathlib.Path) -> None:
+def _load_weights(runners: Sequence[Runner], path: pathlib.Path, pooling: Pooling | None) -> None:
     started_s = time.monotonic()
-    with open_checkpoint(path) as checkpoint, tqdm(desc="loading", unit="B", unit_scale=True, disable=None) as bar:
+    opened = WithModules(path, pooling.modules) if pooling is not None and pooling.modules else open_checkpoint(path)
+    with opened as checkpoint, tqdm(desc="loading", unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        runner.load(checkpoint, progress)
-    runner.allocate()
+        for runner in runners:
+            bar.reset()
+            runner.load(checkpoint, progress)
+            runner.allocate()
     log.info("loaded path=%s seconds=%.1f", path, time.monotonic() - started_s)
 
 
-def _compile(runner: Runner, metrics: Metrics, on_state: Callable[[str], None]) -> None:
+def _compile(runners: Sequence[Runner], metrics: Metrics, on_state: Callable[[str], None]) -> None:
     started_s = time.monotonic()
     with tqdm(desc="compiling", unit="shape", disable=None) as bar:
 
@@ -157,15 +259,21 @@ def _compile(runner: Runner, metrics: Metrics, on_state: Callable[[str], None]) 
             bar.update(done - bar.n)
             on_state(f"compiling {done}/{total}")
 
-        runner.compile(progress)
+        for runner in runners:
+            bar.reset()
+            runner.compile(progress)
     seconds = time.monotonic() - started_s
     metrics.compile_seconds.set(seconds)
-    log.info("compiled shapes=%d seconds=%.1f", len(runner.shapes), seconds)
+    log.info("compiled shapes=%d seconds=%.1f", sum(len(runner.shapes) for runner in runners), seconds)
 
 
-def _make_scheduler(config: EngineConfig, limits: Limits, num_pages: int) -> Scheduler:
+def _make_scheduler(config: EngineConfig, runner: Runner, spec: ModelSpec) -> Scheduler:
+    limits = runner.limits
+    # A vector counts as one more token, which is never computed; what goes into it cannot be found in the cache, but for the last token.
+    reuses = spec.pool is None or (spec.is_causal and not spec.pool.needs_all_tokens)
     return Scheduler(
-        num_pages=num_pages, page_size=limits.page_size, max_rows=limits.max_rows, max_step_tokens=limits.max_step_tokens,
-        max_mixed_tokens=limits.max_mixed_tokens, max_len=limits.max_len, prefix_cache=config.cache.prefix_cache,
+        num_pages=runner.memory.num_pages, page_size=limits.page_size, max_rows=limits.max_rows, max_step_tokens=limits.max_step_tokens,
+        max_mixed_tokens=limits.max_mixed_tokens, max_len=limits.max_len + (spec.pool is not None),
+        prefix_cache=config.cache.prefix_cache and reuses, whole_prompts=not spec.is_causal,
         max_queue=config.schedule.max_queue, max_queue_tokens=config.schedule.max_queue_tokens,
     )  # fmt: skip

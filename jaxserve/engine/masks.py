@@ -176,4 +176,5 @@ class Masks:
         """Tokens that would end the answer too early."""
         if len(request.output_ids) < request.params.min_tokens:
             return tuple(self._eos_ids | request.stop_ids)
-        return tuple(self._eos_ids) if request.params.ignore_eos else ()
+        # A grammar says where an answer may end; where there is none, one that ends is gone on with.
+        return tuple(self._eos_ids) if request.params.ignore_eos and request.params.structured_outputs is not None else ()

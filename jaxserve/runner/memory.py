@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
+import numpy as np
 import psutil
+from jax.experimental import multihost_utils
 
 from jaxserve.config import CacheConfig
 from jaxserve.errors import ConfigError
+from jaxserve.sharding import Device
 
 CPU_CACHE_BYTES = 4 << 30  # a CPU shares its memory with everything else
 
@@ -39,27 +42,38 @@ def num_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
+def device_bytes(devices: Sequence[Device]) -> int:
+    """Memory of the smallest of some devices of this process, all of them in use; those of a CPU share the machine's."""
+    if devices[0].platform == "cpu":
+        return psutil.virtual_memory().available // len(devices)
+    return min((device.memory_stats() or {"bytes_limit": 0})["bytes_limit"] for device in devices)
+
+
+def least_of_all(number: int) -> int:
+    """The smallest of a number in all processes that serve together."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.array(number)).min())
+
+
 def plan_memory(
-    cache: CacheConfig, *, weights: int, state: int, temporaries: int, page_bytes: int, page_size: int, max_len: int, max_pages: int
-) -> MemoryPlan:
+    cache: CacheConfig, *, total: int, on_cpu: bool, weights: int, state: int, temporaries: int, page_bytes: int, page_size: int,
+    max_len: int, max_pages: int,
+) -> MemoryPlan:  # fmt: skip
     """Divide one device's memory.
 
     Args:
+      total: bytes of it; on a CPU the cache takes 4 GiB of it at most unless told to take more.
       weights, state, temporaries: bytes that are needed whatever the cache.
       page_bytes: of one page over all layers.
       max_pages: more than this the scheduler could never use.
     Raises: ConfigError if no useful cache fits.
     """
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    total = stats["bytes_limit"] if stats else psutil.virtual_memory().available
     room = int(total * cache.memory_utilization) - weights - state - temporaries
     if cache.num_pages is not None:
         num_pages = cache.num_pages
     elif cache.cache_bytes is not None:
         num_pages = cache.cache_bytes // page_bytes
     else:
-        num_pages = min(room if stats else min(room, CPU_CACHE_BYTES), max_pages * page_bytes) // page_bytes
+        num_pages = min(min(room, CPU_CACHE_BYTES) if on_cpu else room, max_pages * page_bytes) // page_bytes
     needed = 2 if cache.num_pages or cache.cache_bytes else 1 + -(-min(max_len, 256) // page_size)
     if num_pages < needed or num_pages * page_bytes > max(room, 0):
         raise ConfigError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve.models.batch import Batch
 from jaxserve.request import Request
-from jaxserve.runner.sampling import BIAS, LOGPROBS, MASK, MIN_TOKENS, PENALTIES, SamplingRows
+from jaxserve.runner.sampling import BAD_WORDS, BIAS, CHOSEN, LOGPROBS, MASK, MIN_TOKENS, PENALTIES, SamplingRows
 from jaxserve.runner.shapes import StepShape
 from jaxserve.scheduler.schedule import Row, Schedule
 
@@ -52,7 +52,8 @@ class Layout:
 def _fields(shape: StepShape, num_pages: int) -> dict[str, tuple[int, tuple[int, ...]]]:
     T, S = shape.tokens, shape.rows
     shapes: dict[str, tuple[int, ...]] = {
-        "tokens": (T,), "positions": (T,), "targets": (T if shape.kind == "score" else 0,), "query_start": (S + 1,), "kv_len": (S,),
+        "tokens": (T,), "positions": (T,), "targets": (T if shape.kind == "score" else 0,),
+        "token_types": (T if shape.kind == "pool" else 0,), "query_start": (S + 1,), "kv_len": (S,),
         "slot": (S,), "seed": (S,), "wants": (S,), "top_k": (S,), "floats": (S, len(FLOATS)), "page_table": (S, num_pages),
     }  # fmt: skip
     fields, offset = {}, 0
@@ -77,7 +78,7 @@ def unpack(packed: jax.Array, layout: Layout, last_token: jax.Array) -> tuple[Ba
     tokens = jnp.where(tokens < 0, last_token[jnp.clip(-1 - tokens, 0, last_token.shape[0] - 1)], tokens)
     batch = Batch(
         tokens=tokens, positions=take("positions"), page_table=take("page_table"), query_start=query_start, kv_len=kv_len,
-        one_token_rows=layout.shape.kind == "decode",
+        token_types=take("token_types"), one_token_rows=layout.shape.kind == "decode",
     )  # fmt: skip
     floats = jax.lax.bitcast_convert_type(take("floats"), jnp.float32)
     rows = SamplingRows(
@@ -111,8 +112,9 @@ class Packer:
         self._owner[slot] = owner
         self._pages_written[slot] = 0
         params = request.params
-        wants = PENALTIES * params.has_penalties + BIAS * bool(params.logit_bias) + LOGPROBS * (params.logprobs is not None)
-        wants += MASK * (request.constraint is not None)
+        wants = PENALTIES * params.has_penalties + BIAS * bool(params.logit_bias) + LOGPROBS * (params.num_logprobs is not None)
+        wants += MASK * (request.constraint is not None or params.allowed_token_ids is not None)
+        wants += BAD_WORDS * bool(request.bad_words) + CHOSEN * bool(params.logprob_token_ids)
         self._ints[slot] = np.array([request.seed & 0xFFFFFFFF, wants, params.top_k], np.uint32).view(np.int32)
         self._floats[slot] = [getattr(params, name) for name in FLOATS]
         return True
@@ -137,7 +139,8 @@ class Packer:
         for row in rows:
             self._extend_pages(row.request)
         view["page_table"][:S] = self._page_table[slots]
-        sampled = np.fromiter((row.samples for row in rows), bool, S)
+        pools = layout.shape.kind == "pool"  # whose slots keep what a text adds up to from step to step
+        sampled = np.fromiter((row.samples or pools for row in rows), bool, S)
         view["slot"][:S] = np.where(sampled, slots, -1)
         ints = self._ints[slots]
         view["seed"][:S], view["wants"][:S], view["top_k"][:S] = ints[:, 0], ints[:, 1], ints[:, 2]
@@ -170,6 +173,8 @@ class Packer:
             if len(view["targets"]) and request.params.prompt_logprobs is not None:
                 following = request.prompt_ids[row.start + 1 : end + 1]
                 view["targets"][at : at + len(following)] = following
+            if len(view["token_types"]) and request.second_at is not None:
+                view["token_types"][at : at + row.count] = np.arange(row.start, end) >= request.second_at
             at += row.count
 
     def _extend_pages(self, request: Request) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
@@ -18,12 +19,14 @@ from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.names import Family
 from jaxserve.models.params import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.request import MAX_LOGIT_BIAS, Request, TokenLogprobs
+from jaxserve.request import Request, TokenLogprobs
 from jaxserve.runner.compile import compile_all
-from jaxserve.runner.memory import MemoryPlan, num_bytes, plan_memory
+from jaxserve.runner.memory import MemoryPlan, least_of_all, num_bytes, plan_memory
 from jaxserve.runner.pack import Packer
-from jaxserve.runner.programs import Programs, this_machine
-from jaxserve.runner.sampling import MASK_CHUNK, MAX_BANNED, MAX_EOS, SEEN_CHUNK, Logprobs, SlotState
+from jaxserve.runner.pooling import PoolState
+from jaxserve.runner.programs import Programs, Target
+from jaxserve.runner.sampling import MASK_CHUNK, MAX_EOS, Logprobs, SlotState
+from jaxserve.runner.seeding import needs_seed, pack_mask, slot_seeds
 from jaxserve.runner.shapes import StepShape, pick_shape
 from jaxserve.runner.step import StepOutputs
 from jaxserve.scheduler.schedule import Schedule
@@ -51,51 +54,62 @@ class StepResult:
       tokens: sampled ids, empty for a row that did not sample.
       logprobs: of the sampled token, for rows that want them.
       prompt_logprobs: of the prompt tokens at start + 1 .. start + count, for rows that want them.
+      pooled: f32[S, width], of models that give vectors; those of rows that "sampled" mean something.
     """
 
     tokens: list[tuple[int, ...]]
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: list[list[TokenLogprobs] | None]
+    pooled: NDArray[np.float32] | None = None
 
 
 class Runner:
-    """One model on one device.
+    """One copy of a model, on one device or dealt out to several.
 
     1. __init__ settles shapes and memory, without touching the device.
     2. load and compile, in any order or side by side.
     3. dispatch and collect, one thread.
     """
 
-    def __init__(self, spec: ModelSpec, family: Family, config: EngineConfig, *, eos_ids: frozenset[int]) -> None:
+    def __init__(self, spec: ModelSpec, family: Family, config: EngineConfig, target: Target, *, eos_ids: frozenset[int]) -> None:
         if len(eos_ids) > MAX_EOS:
             raise ConfigError(f"the model names {len(eos_ids)} end-of-sequence tokens; at most {MAX_EOS} are supported")
         self._config, self._spec, self._family, self._eos_ids = config, spec, family, eos_ids
-        self._programs = Programs(spec, config, this_machine())
+        self._target = target
+        self._programs = Programs(spec, config, target)
         self.limits, self.shapes = self._programs.limits, self._programs.shapes
         self.memory = self._plan_memory()
         self._packer = Packer(max_rows=self.limits.max_rows, num_pages=self._programs.pages_a_row)
-        self._executables: dict[StepShape, Any] = {}
-        self._seed_slot: Any = None
-        self._set_masks: Any = None
+        self._executables: dict[str, Any] = {}
+        self._tell: Callable[[str, Sequence[np.ndarray]], None] | None = None
         self._params: Params = {}
         self._cache: KVCache = ()
-        self._state: SlotState
+        self._state: SlotState | PoolState
 
     def _plan_memory(self) -> MemoryPlan:
         limits, spec, programs = self.limits, self._spec, self._programs
-        widest = max(layer.mlp.width for layer in spec.layers)
-        temporaries = 4 * (3 * limits.max_rows * spec.vocab_size + limits.max_step_tokens * (8 * spec.width + 3 * widest))
-        return plan_memory(
-            self._config.cache,
+        widest = max(layer.mlp.numbers_a_token(spec.width) for layer in spec.layers)
+        logits = 0 if spec.pool else 3 * limits.max_rows * spec.vocab_size
+        max_pages = limits.max_rows * programs.pages_a_row
+        if not spec.is_causal:  # texts are computed whole, so that only those of two steps hold pages
+            max_pages = min(max_pages, 2 * (limits.max_step_tokens // limits.page_size + limits.max_rows))
+        temporaries = 4 * (logits + limits.max_step_tokens * (8 * spec.width + widest))
+        plan = plan_memory(
+            self._config.cache, total=self._target.memory_bytes, on_cpu=self._target.platform == "cpu",
             weights=num_bytes(programs.param_shapes.values()),
             state=num_bytes(jax.tree.leaves(programs.state_shapes)),
             temporaries=temporaries, page_bytes=programs.page_bytes(),
-            page_size=limits.page_size, max_len=limits.max_len, max_pages=1 + limits.max_rows * programs.pages_a_row,
+            page_size=limits.page_size, max_len=limits.max_len, max_pages=1 + max_pages,
         )  # fmt: skip
+        num_pages = least_of_all(plan.num_pages)
+        return dataclasses.replace(plan, num_pages=num_pages, cache=plan.cache // plan.num_pages * num_pages)
 
     def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
         """Read the parameters; see load_params."""
-        self._params = load_params(checkpoint, self._programs.param_shapes, self._programs.groups, self._family, progress=progress)
+        programs = self._programs
+        self._params = load_params(
+            checkpoint, programs.whole_shapes, programs.groups, self._family, progress=progress, placements=programs.placements
+        )
 
     def allocate(self) -> None:
         """Make the cache and the sampling state, zeroed."""
@@ -106,11 +120,11 @@ class Runner:
     def compile(self, progress: Callable[[int, int, str], None]) -> None:
         """Compile every shape; afterwards nothing compiles any more."""
         programs: dict[str, Callable[[], Any]] = {shape.name: functools.partial(self._compile_step, shape) for shape in self.shapes}
-        programs["seed_slot"] = lambda: self._programs.lower_seed_slot().compile()
-        programs["set_masks"] = lambda: self._programs.lower_set_masks().compile()
+        if self._spec.pool is None:
+            programs["seed_slot"] = lambda: self._programs.lower_seed_slot().compile()
+            programs["set_masks"] = lambda: self._programs.lower_set_masks().compile()
         compiled = compile_all(programs, threads=self._config.compile.compile_threads, progress=progress)
-        self._seed_slot, self._set_masks = compiled["seed_slot"], compiled["set_masks"]
-        self._executables = {shape: compiled[shape.name] for shape in self.shapes}
+        self._executables = compiled
         temporaries = max(executable.memory_analysis().temp_size_in_bytes for executable in compiled.values())
         self.memory = dataclasses.replace(self.memory, temporaries=temporaries)
 
@@ -133,8 +147,12 @@ class Runner:
                 self._seed(row.request)
         words = self._packer.pack(schedule, self._programs.layouts[shape])
         started_s = time.monotonic()
-        self._cache, self._state, outputs = self._executables[shape](self._params, self._cache, self._state, words)
+        if self._tell is not None:
+            self._tell(shape.name, (words,))
+        outputs = self._step(shape.name, words)
         outputs.tokens.copy_to_host_async()
+        if outputs.pooled is not None:
+            outputs.pooled.copy_to_host_async()
         return Pending(schedule=schedule, shape=shape, outputs=outputs, started_s=started_s)
 
     def set_masks(self, slots: Sequence[int], masks: Sequence[np.ndarray]) -> None:
@@ -145,7 +163,28 @@ class Runner:
             padded[: len(some)] = some
             words = np.zeros((MASK_CHUNK, len(masks[0])), np.int32)
             words[: len(some)] = masks[start : start + MASK_CHUNK]
-            self._state = self._set_masks(self._state, padded, words)
+            self._update("set_masks", padded, words)
+
+    def lead(self, tell: Callable[[str, Sequence[np.ndarray]], None]) -> None:
+        """Call `tell` with every program that is run from here on and with its arrays, before it runs, for others to `replay`."""
+        self._tell = tell
+
+    def replay(self, program: str, arrays: Sequence[np.ndarray]) -> None:
+        """Run a program as another process does; what comes out stays on the devices."""
+        if program in ("seed_slot", "set_masks"):
+            _, *like = self._executables[program].in_avals[0]
+            self._state = self._executables[program](self._state, *jax.tree.unflatten(jax.tree.structure(like), arrays))
+        else:
+            self._step(program, arrays[0])
+
+    def _step(self, name: str, words: np.ndarray) -> StepOutputs:
+        self._cache, self._state, outputs = self._executables[name](self._params, self._cache, self._state, words)
+        return outputs
+
+    def _update(self, name: str, *arguments: Any) -> None:
+        if self._tell is not None:
+            self._tell(name, [np.asarray(leaf) for leaf in jax.tree.leaves(arguments)])
+        self._state = self._executables[name](self._state, *arguments)
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for a step and read what it gave."""
@@ -153,12 +192,14 @@ class Runner:
         sampled = np.asarray(pending.outputs.tokens).tolist()
         tokens: list[tuple[int, ...]] = [(sampled[i],) if row.samples else () for i, row in enumerate(rows)]
         logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-        if any(row.samples and row.request.params.logprobs is not None for row in rows):
+        if any(row.samples and row.request.params.num_logprobs is not None for row in rows):
             host = jax.tree.map(np.asarray, pending.outputs.logprobs)
             for i, row in enumerate(rows):
-                if row.samples and row.request.params.logprobs is not None:
-                    logprobs[i] = _token_logprobs(host, i, sampled[i], row.request.params.logprobs)
-        return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=self._prompt_logprobs(pending))
+                params = row.request.params
+                if row.samples and params.num_logprobs is not None:
+                    logprobs[i] = _token_logprobs(host, i, sampled[i], params.num_logprobs, params.logprob_token_ids)
+        pooled = None if pending.outputs.pooled is None else np.asarray(pending.outputs.pooled)
+        return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=self._prompt_logprobs(pending), pooled=pooled)
 
     def _prompt_logprobs(self, pending: Pending) -> list[list[TokenLogprobs] | None]:
         result: list[list[TokenLogprobs] | None] = [None] * len(pending.schedule.rows)
@@ -177,33 +218,17 @@ class Runner:
 
     def _seed(self, request: Request) -> None:
         """Give a slot's sampling state to its new request, if the request will look at it."""
-        params, vocab = request.params, self._spec.vocab_size
-        if not (params.has_penalties or params.logit_bias or params.min_tokens):
-            return
-        bias_ids, bias_values = np.full(MAX_LOGIT_BIAS, vocab, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-        bias = params.logit_bias or {}
-        bias_ids[: len(bias)], bias_values[: len(bias)] = list(bias), list(bias.values())
-        banned = np.full(MAX_BANNED, vocab, np.int32)
-        stops = sorted(self._eos_ids | request.stop_ids)
-        banned[: len(stops)] = stops
-        ids, amounts = [], []
-        if params.has_penalties:
-            prompt = sorted(set(request.prompt_ids))
-            ids, amounts = prompt + request.output_ids, [1] * len(prompt) + [2] * len(request.output_ids)
-        for start in range(0, max(len(ids), 1), SEEN_CHUNK):
-            chunk = ids[start : start + SEEN_CHUNK]
-            padded, amount = np.full(SEEN_CHUNK, vocab, np.int32), np.zeros(SEEN_CHUNK, np.int32)
-            padded[: len(chunk)], amount[: len(chunk)] = chunk, amounts[start : start + SEEN_CHUNK]
-            self._state = self._seed_slot(
-                self._state, np.int32(request.slot), np.bool_(start == 0), padded, amount, bias_ids, bias_values, banned
-            )  # fmt: skip
+        vocab_size = self._spec.vocab_size
+        if needs_seed(request):
+            for seed in slot_seeds(request, vocab_size, self._eos_ids):
+                self._update("seed_slot", np.int32(request.slot), *seed)
+        if request.params.allowed_token_ids is not None and request.constraint is None:  # else it is part of every mask
+            self.set_masks([request.slot], [pack_mask(request.params.allowed_token_ids, vocab_size)])
 
 
-def _token_logprobs(host: Logprobs, i: int, token: int, num_top: int) -> TokenLogprobs:
-    """Row i of host arrays; -inf becomes the lowest finite float, as JSON has no infinity."""
+def _token_logprobs(host: Logprobs, i: int, token: int, num_top: int, chosen: Sequence[int] = ()) -> TokenLogprobs:
+    """Row i of host arrays, with the best tokens or the chosen ones; -inf becomes the lowest finite float, as JSON has no infinity."""
     lowest = -9999.0  # vLLM's stand-in for minus infinity
-    top = tuple(
-        (int(token_id), max(float(value), lowest))
-        for token_id, value in zip(host.top_ids[i, :num_top], host.top_logprobs[i, :num_top], strict=True)
-    )
+    ids, values = (chosen, host.chosen) if chosen else (host.top_ids[i, :num_top].tolist(), host.top_logprobs)
+    top = tuple((token_id, max(value, lowest)) for token_id, value in zip(ids, values[i, : len(ids)].tolist(), strict=True))
     return TokenLogprobs(token_id=token, logprob=max(float(host.logprob[i]), lowest), rank=int(host.rank[i]), top=top)

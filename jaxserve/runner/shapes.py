@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Literal
 
 from jaxserve.config import EngineConfig
 from jaxserve.scheduler.schedule import Schedule
 
-StepKind = Literal["decode", "prefill", "score"]
+StepKind = Literal["decode", "prefill", "score", "pool"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -16,7 +17,8 @@ class StepShape:
     """One compiled step.
 
     Args:
-      kind: decode has one token a row; prefill has any mix; score is a prefill that also returns log-probabilities of the prompt.
+      kind: decode has one token a row; prefill has any mix; score is a prefill that also returns log-probabilities of the prompt; pool
+        is a prefill that returns vectors instead of tokens.
       tokens: T.
       rows: S.
     """
@@ -31,10 +33,16 @@ class StepShape:
         return f"{self.kind}_{self.tokens}"
 
 
-def make_shapes(config: EngineConfig, *, max_rows: int, max_step_tokens: int) -> tuple[StepShape, ...]:
-    """Every shape that a schedule within the limits can need, largest first (it takes longest to compile)."""
-    decode = _within(config.compile.decode_rows or _ladder(1, max_rows, halves_from=16), max_rows)
+def make_shapes(config: EngineConfig, *, max_rows: int, max_step_tokens: int, pools: bool = False) -> tuple[StepShape, ...]:
+    """Every shape that a schedule within the limits can need, largest first (it takes longest to compile).
+
+    Args:
+      pools: the model gives vectors, and has steps of that kind alone.
+    """
+    decode = _within(config.compile.decode_rows or _ladder(1, max_rows), max_rows)
     prefill = _within(config.compile.prefill_tokens or _ladder(16, max_step_tokens, halves_from=64), max_step_tokens)
+    if pools:
+        return tuple(StepShape("pool", tokens, min(tokens, max_rows)) for tokens in reversed(prefill))
     shapes = [StepShape("decode", rows, rows) for rows in decode]
     shapes += [StepShape("prefill", tokens, min(tokens, max_rows)) for tokens in prefill]
     shapes.append(StepShape("score", max_step_tokens, min(max_step_tokens, max_rows)))
@@ -45,7 +53,7 @@ def pick_shape(shapes: tuple[StepShape, ...], schedule: Schedule) -> StepShape:
     """The smallest shape that takes the schedule."""
     scored = any(row.request.params.prompt_logprobs is not None and row.start < len(row.request.prompt_ids) for row in schedule.rows)
     decodes = schedule.num_tokens == len(schedule.rows)
-    kinds = ("score",) if scored else ("decode", "prefill") if decodes else ("prefill",)
+    kinds = ("score",) if scored else ("decode", "prefill", "pool") if decodes else ("prefill", "pool")
     fitting = [
         shape for shape in shapes if shape.kind in kinds and shape.tokens >= schedule.num_tokens and shape.rows >= len(schedule.rows)
     ]
@@ -53,7 +61,7 @@ def pick_shape(shapes: tuple[StepShape, ...], schedule: Schedule) -> StepShape:
     return min(fitting, key=lambda shape: (shape.tokens, shape.kind))
 
 
-def _ladder(first: int, last: int, *, halves_from: int) -> tuple[int, ...]:
+def _ladder(first: int, last: int, *, halves_from: int = sys.maxsize) -> tuple[int, ...]:
     """Powers of two from first to last, and from halves_from on the steps half way between."""
     sizes, size = [], first
     while size < last:

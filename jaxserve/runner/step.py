@@ -31,14 +31,16 @@ class StepOutputs:
       tokens: i32[S]; meaningful for rows that sample.
       logprobs: of those tokens; zeros if no row wants them.
       prompt: of each token's successor in its prompt, [T]; None unless the shape is of kind score.
+      pooled: f32[S, width], vectors of the rows whose texts are complete, instead of tokens; None unless the shape is of kind pool.
     """
 
     tokens: jax.Array
-    logprobs: Logprobs
+    logprobs: Logprobs | None
     prompt: Logprobs | None
+    pooled: jax.Array | None = None
 
 
-Step = Callable[[Params, KVCache, SlotState, jax.Array], tuple[KVCache, SlotState, StepOutputs]]
+Step = Callable[[Params, KVCache, Any, jax.Array], tuple[KVCache, Any, StepOutputs]]
 
 
 def make_step(graphdef: ModelGraph, layout: Layout) -> Step:
@@ -67,13 +69,13 @@ def _sample_rows(
         return _sample_block(model.logits(hidden), rows, state)
     padded_rows = jax.tree.map(lambda leaf: jnp.pad(leaf, (0, -S % width)), rows)
     padded_rows = dataclasses.replace(padded_rows, slot=jnp.pad(rows.slot, (0, -S % width), constant_values=-1))
-    source = model.logits(hidden) if layout.head_once else hidden
+    source = model.own_logits(hidden) if layout.head_once else hidden
     source = jnp.pad(source, ((0, -S % width), (0, 0)))
     num_used = jnp.max(jnp.where(rows.slot >= 0, jnp.arange(S) + 1, 0))
 
     def sample_at(start: jax.Array, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
         here, its_rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width), (source, padded_rows))
-        return _sample_block(here if layout.head_once else model.logits(here), its_rows, state)
+        return _sample_block(model.gather_logits(here) if layout.head_once else model.logits(here), its_rows, state)
 
     shapes = jax.eval_shape(sample_at, jnp.int32(0), state)
     empty = jax.tree.map(lambda leaf: jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype), shapes[:2])
@@ -102,4 +104,4 @@ def _score(model: Decoder, hidden: jax.Array, targets: jax.Array) -> Logprobs:
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(chunks, _SCORE_CHUNK, D)
     targets = jnp.pad(targets, (0, pad)).reshape(chunks, _SCORE_CHUNK)
     scored = jax.lax.map(lambda chunk: token_logprobs(model.logits(chunk[0]), chunk[1]), (hidden, targets))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:T], scored)
+    return jax.tree.map(lambda leaf: leaf.reshape(chunks * _SCORE_CHUNK, *leaf.shape[2:])[:T], scored)

@@ -72,6 +72,11 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    def drop_cached(self) -> None:
+        """Give up the content of all pages that nobody holds."""
+        while self._cached:
+            self._free.append(self._evict())
+
     def mark_indexed(self, page: int) -> None:
         """Keep the content of this held page once it is free, as long as there is room."""
         assert self._refs[page] > 0, f"{page=} is indexed but nobody holds it"

@@ -13,7 +13,6 @@ collected steps.
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import sys
 from collections.abc import Sequence
@@ -33,25 +32,26 @@ class Scheduler:
     """Continuous batching over one page pool; not thread-safe.
 
     Args:
-      num_pages: pages of the cache, the null page included.
-      page_size: tokens of a page.
+      num_pages, page_size: pages of the cache, the null page included, and tokens of a page.
       max_rows: requests that run at a time, and number of slots.
       max_step_tokens: tokens of a step.
-      max_mixed_tokens: tokens of a step in which an answer is continued; bounds the time between an answer's tokens.
+      max_mixed_tokens: tokens of a step in which an answer is continued; bounds the time between an answer's tokens. 0: prompts go first,
+        in steps of their own, and answers go on when no prompt can.
       max_len: tokens of prompt and output together.
       prefix_cache: find full pages of earlier requests that begin alike.
+      whole_prompts: a prompt is computed in one step; the caller sees to it that none exceeds max_step_tokens.
       max_queue, max_queue_tokens: waiting requests, and their prompt tokens, beyond which add refuses.
       secret: keys the prefix cache; None draws one.
     """
 
     def __init__(
         self, *, num_pages: int, page_size: int, max_rows: int, max_step_tokens: int, max_mixed_tokens: int, max_len: int,
-        prefix_cache: bool, max_queue: int, max_queue_tokens: int, secret: bytes | None = None,
+        prefix_cache: bool, max_queue: int, max_queue_tokens: int, secret: bytes | None = None, whole_prompts: bool = False,
     ) -> None:  # fmt: skip
-        assert min(page_size, max_rows, max_step_tokens, max_mixed_tokens, max_len) >= 1, "every size must be positive"
+        assert min(page_size, max_rows, max_step_tokens, max_len) >= 1 and max_mixed_tokens >= 0, "sizes must be positive"
         self._page_size, self._max_len, self._prefix_cache = page_size, max_len, prefix_cache
         self._max_step_tokens, self._max_mixed_tokens = max_step_tokens, max_mixed_tokens
-        self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
+        self._max_queue, self._max_queue_tokens, self._whole_prompts = max_queue, max_queue_tokens, whole_prompts
         self._index = PrefixIndex(page_size, secrets.token_bytes(32) if secret is None else secret)
         self._pool = PagePool(num_pages, self._index.remove)
         # Never more running requests than a step has tokens: each of them gets its next token in every step.
@@ -124,13 +124,16 @@ class Scheduler:
         The rows' tokens count as computed and in flight from here on, so each schedule that has rows must reach update() or fail().
         """
         plan = Plan()
-        self._plan_decodes(plan)
+        if self._max_mixed_tokens:
+            self._plan_decodes(plan)
         budget = self._max_step_tokens
         if plan.rows:  # answers go on, be they more than the mixed budget; nothing comes on top of them then
             budget = min(budget, self._max_mixed_tokens)
         self._plan_chunks(plan, budget)
         if not plan.preempted:
             self._plan_admissions(plan, budget)
+        if not (plan.rows or self._max_mixed_tokens):
+            self._plan_decodes(plan)
         return Schedule(rows=tuple(plan.rows), preempted=tuple(plan.preempted), num_tokens=plan.num_tokens)
 
     def update(self, schedule: Schedule, tokens: Sequence[Sequence[int]]) -> list[tuple[Row, tuple[int, ...]]]:
@@ -187,32 +190,13 @@ class Scheduler:
             self.finish(request, "error")
         return failed
 
-    def check(self) -> None:
-        """Assert every invariant; slow, for tests."""
-        queues = {"waiting": (self._fresh,), "preempted": (self._preempted,), "running": (self._prefilling, self._decoding)}
-        placed = [(entry, queue, status) for status, group in queues.items() for queue in group for entry in queue]
-        assert len(placed) == len(self._entries), f"{len(placed)=} {len(self._entries)=}"
-        for entry, queue, status in placed:
-            assert self._entries.get(entry.request.id) is entry, f"request {entry.request.id} is queued but unknown"
-            assert entry.queue is queue, f"request {entry.request.id} is in another queue than it names"
-            assert entry.request.status == status, f"request {entry.request.id}: {entry.request.status=} {status=}"
-            entry.check(self._page_size)
-        for queue in (self._fresh, self._preempted, self._prefilling, self._decoding):
-            ranks = [entry.rank for entry in queue]
-            assert all(a < b for a, b in itertools.pairwise(ranks)), f"{ranks=} are not sorted"
-        for entry in self._decoding:
-            assert entry.request.num_tokens - entry.request.num_computed == 1, f"{entry.request=} lacks more than its next token"
-        indexed = self._pool.indexed()
-        for entry in (*self._prefilling, *self._decoding):
-            unfinished = entry.request.pages[entry.num_indexed :]
-            assert not indexed.intersection(unfinished), f"{unfinished=} are still written but can be found by others"
-        running = [entry.request for entry, _, status in placed if status == "running"]
-        slots = sorted([request.slot for request in running] + self._slots)
-        assert slots == list(range(self._num_slots)), f"{slots=}"
-        waiting_tokens = sum(len(entry.request.prompt_ids) for entry, _, status in placed if status != "running")
-        assert waiting_tokens == self.num_waiting_tokens, f"{waiting_tokens=} {self.num_waiting_tokens=}"
-        self._pool.check([request.pages for request in running])
-        self._index.check(indexed)
+    def reset_prefix_cache(self, *, preempt: bool) -> bool:
+        """Forget all cached prefixes; False while requests run, unless they may be preempted, after which they begin again."""
+        while preempt and self.num_running:
+            self._preempt(self._worst_running(), Plan())
+        if not self.num_running:
+            self._pool.drop_cached()
+        return not self.num_running
 
     def _check_prompt(self, prompt_len: int) -> None:
         capacity = self._pool.capacity * self._page_size
@@ -271,7 +255,7 @@ class Scheduler:
             if entry is None or entry.request.num_in_flight or entry.chunks_in_flight:
                 return
             matched = self._match(entry)
-            if not self._has_room(entry, matched):
+            if not self._has_room(entry, matched) or (self._whole_prompts and entry.request.num_known > budget - plan.num_tokens):
                 return
             self._admit(entry, matched)
             self._plan_chunk(entry, plan, budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,17 +15,20 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, SamplingParams, StructuredOutputs
+from jaxserve.engine.admit import bad_word_ids
 from jaxserve.engine.engine import FatalEngineError
 from jaxserve.errors import ConfigError, UserError
-from tests.tiny import EOS, VOCAB, tiny_model
+from jaxserve.request import RepetitionDetection
+from tests.scheduler.invariants import check_scheduler
+from tests.tiny import EOS, VOCAB, core, tiny_model
 
 SHAPES = {"max_rows": 4, "max_step_tokens": 32, "decode_rows": (4,), "prefill_tokens": (32,), "cache_bytes": 1 << 20, "page_size": 16}
 
 
 @functools.cache
 def engine() -> LLM:
-    return LLM(str(tiny_model()), **SHAPES)
+    return LLM(str(tiny_model()), reasoning_parser="qwen3", **SHAPES)
 
 
 @functools.cache
@@ -102,6 +106,94 @@ def test_end_of_sequence_stops_without_a_reason_and_min_tokens_forbids_it() -> N
     assert EOS not in later.text
 
 
+def texts_of(ids: Any) -> str:
+    return engine().tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def test_bad_words_do_not_occur_and_other_words_do() -> None:
+    free = answer("the fox", max_tokens=40).outputs[0]
+    words = [free.text[5:8], texts_of(free.token_ids[:3]), texts_of(free.token_ids[4:5])]
+    bound = answer("the fox", max_tokens=40, bad_words=words)
+    sequences = [tuple(engine().tokenizer.encode(word, add_special_tokens=False)) for word in words]
+    ids = bound.outputs[0].token_ids
+    assert any(len(each) > 1 for each in sequences)
+    assert not any(ids[at : at + len(each)] == each for each in sequences for at in range(len(ids)))
+    assert answer("the fox", max_tokens=40, bad_words=["zzzzzzzz"]).outputs[0].token_ids == free.token_ids
+
+
+def test_bad_words_are_banned_with_and_without_a_space_before_them() -> None:
+    tokenizer = engine().tokenizer
+    assert bad_word_ids(["x"], tokenizer, VOCAB) == (tuple(tokenizer.encode("x", add_special_tokens=False)),)
+    spaced = next(text for token in range(VOCAB) if (text := texts_of([token])).startswith(" ") and len(text) > 1)
+    plain, behind = bad_word_ids([spaced[1]], tokenizer, VOCAB) if len(spaced) == 2 else bad_word_ids([spaced], tokenizer, VOCAB) * 2
+    assert len(plain) == len(behind)
+    with pytest.raises(UserError, match="at most 32"):
+        bad_word_ids(["qzj" * 40], tokenizer, VOCAB)
+
+
+def test_only_allowed_tokens_are_sampled() -> None:
+    allowed = [7, 9, 200, 319]
+    for params in ({"temperature": 1.0, "seed": 1}, {}, {"repetition_penalty": 2.0, "logit_bias": {8: 100.0}}):
+        ids = answer("the fox", allowed_token_ids=allowed, max_tokens=30, **params).outputs[0].token_ids
+        assert set(ids) <= set(allowed)
+    regex = StructuredOutputs(regex="[a-f]+")
+    letters = [engine().tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "xyef"]
+    found = answer("x", allowed_token_ids=[*letters, 0], structured_outputs=regex, temperature=1.0, seed=3)
+    assert set(found.outputs[0].text) <= {"e", "f"}
+    with pytest.raises(UserError, match="none of allowed_token_ids"):
+        answer("x", allowed_token_ids=letters[:2], structured_outputs=regex)
+    with pytest.raises(UserError, match="no token is left"):
+        answer("x", allowed_token_ids=letters[:1], bad_words=["x"])
+
+
+def test_chosen_logprobs_are_those_of_the_distribution() -> None:
+    wanted = [300, 2, 77]
+    result = answer([5, 17, 300], logprob_token_ids=wanted)
+    exact = logprobs_of([5, 17, 300, *result.outputs[0].token_ids])
+    for place, entry in enumerate(result.outputs[0].logprobs):
+        assert [token for token, _ in entry.top] == wanted
+        np.testing.assert_allclose([value for _, value in entry.top], exact[place + 2, wanted], atol=1e-4)
+
+
+def test_reasoning_ends_when_its_budget_is_spent() -> None:
+    start, end = (engine().tokenizer.encode(marker, add_special_tokens=False) for marker in ("<think>", "</think>"))
+    prompt = [5, 17, *start]
+    free = answer(prompt, max_tokens=20).outputs[0].token_ids
+    for budget in (0, 3, 7):
+        ids = list(answer(prompt, thinking_token_budget=budget, max_tokens=20).outputs[0].token_ids)
+        assert ids[: budget + len(end)] == [*free[:budget], *end]
+        after = reference().generate(
+            torch.tensor([prompt + ids[: budget + len(end)]]), max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
+        assert ids[: budget + len(end) + 4] == after[0, len(prompt) :].tolist()
+    assert answer(prompt, thinking_token_budget=-1, max_tokens=20).outputs[0].token_ids == free
+    assert answer([5, 17], thinking_token_budget=2, max_tokens=9).outputs[0].token_ids == answer([5, 17], max_tokens=9).outputs[0].token_ids
+    spread = answer(prompt, thinking_token_budget=3, n=3, temperature=1.0, seed=1, logprobs=0)
+    assert all(list(output.token_ids[3 : 3 + len(end)]) == end for output in spread.outputs)
+    assert len({output.token_ids for output in spread.outputs}) == 3
+    phrase = answer(prompt, thinking_token_budget=2, structured_outputs=StructuredOutputs(regex=".{2,9}</think>[a-c]+"), max_tokens=20)
+    assert "</think>" in phrase.outputs[0].text
+
+
+def test_budget_for_reasoning_is_refused_where_its_end_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine()
+    monkeypatch.setattr(llm._admission, "_model", dataclasses.replace(llm._served, thinking=None))
+    with pytest.raises(UserError, match="reasoning-parser") as caught:
+        answer("x", thinking_token_budget=3)
+    assert caught.value.field == "thinking_token_budget"
+    assert len(answer("x", thinking_token_budget=-1).outputs[0].token_ids) == 12
+
+
+def test_answer_that_goes_in_circles_ends() -> None:
+    loop = {"allowed_token_ids": [50], "max_tokens": 40}
+    circles = RepetitionDetection(max_pattern_size=3, min_count=4)
+    ended = answer("x", repetition_detection=circles, **loop).outputs[0]
+    assert (len(ended.token_ids), ended.finish_reason, ended.stop_reason) == (4, "repetition", "repetition_detected")
+    assert len(answer("x", repetition_detection=circles, min_tokens=9, **loop).outputs[0].token_ids) == 9
+    pairs = RepetitionDetection(max_pattern_size=3, min_pattern_size=2, min_count=3)
+    assert len(answer("x", repetition_detection=pairs, **loop).outputs[0].token_ids) == 6
+
+
 def test_n_answers_differ_and_repeat_with_the_seed() -> None:
     first = answer("the fox", n=3, temperature=1.0, seed=4)
     texts = [output.token_ids for output in first.outputs]
@@ -138,21 +230,23 @@ def test_nothing_compiles_after_warm_up_and_nothing_leaks() -> None:
             SamplingParams(
                 temperature=rng.choice([0, 0.7]), top_k=rng.choice([0, 5]), top_p=rng.choice([1, 0.5]), min_p=rng.choice([0, 0.1]),
                 repetition_penalty=rng.choice([1, 1.3]), logit_bias=rng.choice([None, {3: 1.0}]), min_tokens=rng.choice([0, 2]),
-                logprobs=rng.choice([None, 5]), prompt_logprobs=rng.choice([None, 3]), max_tokens=rng.randrange(2, 20),
+                bad_words=rng.choice([(), ("e", "a b")]), allowed_token_ids=rng.choice([None, range(1, 300)]),
+                logprob_token_ids=rng.choice([(), (3, 4)]), logprobs=rng.choice([None, 5]),
+                prompt_logprobs=rng.choice([None, 3]), max_tokens=rng.randrange(2, 20),
                 n=rng.choice([1, 2]),
             )
             for _ in prompts
         ]  # fmt: skip
         llm.generate(prompts, each, use_tqdm=False)
     assert llm.metrics.compiles._value.get() == before
-    scheduler = llm._engine._scheduler
-    scheduler.check()
+    scheduler = core(llm)._scheduler
+    check_scheduler(scheduler)
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.usage, llm._engine.num_unfinished) == (0, 0, 0, 0)
 
 
 def test_failed_step_fails_only_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = engine()
-    runner = llm._engine._runner
+    runner = core(llm)._runner
     dispatch, calls = runner.dispatch, []
 
     def fail_once(schedule: Any) -> Any:
@@ -166,7 +260,7 @@ def test_failed_step_fails_only_its_own_requests(monkeypatch: pytest.MonkeyPatch
         llm.generate("the fox", SamplingParams(max_tokens=9), use_tqdm=False)
     monkeypatch.undo()
     assert len(answer("the fox").outputs[0].token_ids) == 12
-    llm._engine._scheduler.check()
+    check_scheduler(core(llm)._scheduler)
 
 
 def test_second_failure_in_a_row_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +269,7 @@ def test_second_failure_in_a_row_is_fatal(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(_: Any) -> Any:
         raise RuntimeError("the device is on fire")
 
-    monkeypatch.setattr(llm._engine._runner, "dispatch", fail)
+    monkeypatch.setattr(core(llm)._runner, "dispatch", fail)
     with pytest.raises(RuntimeError, match="safe to try again"):
         llm.generate("a", SamplingParams(max_tokens=9), use_tqdm=False)
     with pytest.raises(FatalEngineError):
@@ -184,7 +278,7 @@ def test_second_failure_in_a_row_is_fatal(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_logits_that_are_not_finite_end_their_request_alone() -> None:
     llm = LLM(str(tiny_model()), **SHAPES)
-    engine = llm._engine
+    engine = core(llm)
     head = engine._runner._params["embed.weight"]
     engine._runner._params = {**engine._runner._params, "embed.weight": head.at[9].set(np.nan)}
     good = SamplingParams(temperature=0, max_tokens=6, logit_bias={9: -100.0}, ignore_eos=True)

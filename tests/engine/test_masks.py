@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.engine import masks
 from jaxserve.engine.masks import TOO_SLOW, Masks
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request, SamplingParams, StructuredOutputs
 from jaxserve.scheduler.schedule import Row
 
 EOS = frozenset({0, 3})
@@ -136,8 +136,12 @@ def test_answer_whose_masks_take_too_long_in_all_is_given_up(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("params", "forbidden"), [({}, set()), ({"ignore_eos": True}, EOS), ({"min_tokens": 1}, EOS | {7}), ({"stop_token_ids": [7]}, set())]
-)
+    ("params", "forbidden"),
+    [
+        ({}, set()), ({"ignore_eos": True, "structured_outputs": StructuredOutputs(regex="a")}, EOS), ({"ignore_eos": True}, set()),
+        ({"min_tokens": 1}, EOS | {7}), ({"stop_token_ids": [7]}, set()),
+    ],
+)  # fmt: skip
 def test_tokens_that_would_end_too_early_are_left_out(params: dict[str, object], forbidden: set[int]) -> None:
     matcher = Steps()
     board = Masks(EOS)

@@ -17,11 +17,13 @@ SHAPES = {
     "decode_rows": (4,),
     "prefill_tokens": (32,),
     "cache_bytes": 1 << 20,
+    "reasoning_parser": "qwen3",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "one row at a time": {"max_rows": 1},
     "other buckets": {"decode_rows": (1, 2, 3, 4), "prefill_tokens": (8, 24, 32)},
     "short chunks": {"max_step_tokens": 5, "prefill_tokens": (5,)},
+    "prompts in steps of their own": {"max_mixed_tokens": 0},
     "no prefix cache": {"prefix_cache": False},
     "rows sampled in blocks": {"max_rows": 20, "decode_rows": (20,)},
     "no overlap": {"overlap": False},
@@ -32,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 PREFIX = "the quick brown fox jumps over the lazy dog, "
 PROMPTS = [PREFIX + "a city", PREFIX + "a country", "日本語", "x", PREFIX * 3, "a capital of a country is", "text " * 9, PREFIX + "words:"]
+PROMPTS += ["the lazy dog", PREFIX + "a b c", "over", PREFIX + "<think>"]
 
 
 def params() -> list[SamplingParams]:
@@ -45,6 +48,12 @@ def params() -> list[SamplingParams]:
         SamplingParams(temperature=1.0, seed=9, frequency_penalty=1.0, logprobs=2, **common),
         SamplingParams(temperature=0, prompt_logprobs=1, **common),
         SamplingParams(temperature=1.0, seed=4, structured_outputs=StructuredOutputs(regex="[a-z ]*"), **common),
+        SamplingParams(temperature=1.0, seed=6, bad_words=["e", "quick", "o"], logprob_token_ids=[5, 9], **common),
+        SamplingParams(temperature=1.5, seed=7, allowed_token_ids=range(40, 120), bad_words=["ab"], **common),
+        SamplingParams(
+            temperature=1.0, seed=8, allowed_token_ids=range(1, 200), structured_outputs=StructuredOutputs(regex="[a-z ]*"), **common
+        ),
+        SamplingParams(temperature=1.0, seed=3, thinking_token_budget=9, **common),
     ]
 
 

@@ -14,7 +14,8 @@ from jaxserve import LLM, SamplingParams, StructuredOutputs
 from jaxserve.engine import masks
 from jaxserve.errors import UserError
 from jaxserve.request import Request, RequestOutput
-from tests.tiny import EOS, tiny_model
+from tests.scheduler.invariants import check_scheduler
+from tests.tiny import EOS, core, tiny_model
 
 SHAPES = {"max_rows": 4, "max_step_tokens": 32, "decode_rows": (4,), "prefill_tokens": (32,), "cache_bytes": 1 << 20, "page_size": 16}
 MAX_TOKENS = 700
@@ -149,7 +150,7 @@ def test_preempted_answers_keep_their_form() -> None:
     for seed, result in enumerate(results):
         assert re.fullmatch("[a-z ]*", result.outputs[0].text)
         assert result.outputs[0].token_ids == answer(spec, seed=seed, max_tokens=40).token_ids
-    llm._engine._scheduler.check()
+    check_scheduler(core(llm)._scheduler)
 
 
 def test_complete_answer_ends_at_once_and_shows_its_last_token() -> None:
@@ -202,11 +203,11 @@ def test_aborted_request_leaves_nothing_behind() -> None:
     for _ in range(9):
         llm._engine.step()
     llm._engine.abort(request.id)
-    assert not llm._engine._masks.busy
+    assert not core(llm)._masks.busy
     while llm._engine.has_work:
         llm._engine.step()
-    llm._engine._scheduler.check()
-    assert (llm._engine._scheduler.usage, llm._engine._masks._guides) == (0, {})
+    check_scheduler(core(llm)._scheduler)
+    assert (core(llm)._scheduler.usage, core(llm)._masks._guides) == (0, {})
 
 
 def test_constraint_that_becomes_too_complex_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +223,7 @@ def test_constraint_that_becomes_too_complex_ends_its_request_alone(monkeypatch:
     assert [outputs[request.id][-1].finish_reason for request in others] == ["stop", "length"]
     with pytest.raises(UserError, match="structured_outputs"):
         answer(StructuredOutputs(regex="a?((a{100}){100}){100}"))
-    llm._engine._scheduler.check()
+    check_scheduler(core(llm)._scheduler)
 
 
 def test_nothing_compiles_and_unconstrained_answers_stay_the_same_beside_constrained_ones() -> None:

@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
-from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from jaxserve.request import MAX_BAD_WORD_TOKENS, MAX_LOGPROBS, Request, SamplingParams
 from jaxserve.runner.sampling import (
+    BAD_WORDS,
     BIAS,
+    CHOSEN,
     INVALID_TOKEN,
     LOGPROBS,
     MASK,
     MASK_CHUNK,
-    MAX_BANNED,
     MIN_TOKENS,
+    NO_TOKEN,
     PENALTIES,
-    SEEN_CHUNK,
     Logprobs,
     SamplingRows,
     SlotState,
@@ -31,6 +34,7 @@ from jaxserve.runner.sampling import (
     set_masks,
     slot_state_shapes,
 )
+from jaxserve.runner.seeding import pack_mask, slot_seeds
 
 V, M = 300, 5
 NEUTRAL = {"seed": 0, "position": 7, "wants": 0, "top_k": 0, "temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
@@ -49,18 +53,17 @@ def fresh_state() -> SlotState:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), slot_state_shapes(M, V))
 
 
-def seeded(
-    slot: int, *, prompt: Sequence[int] = (), output: Sequence[int] = (), bias: dict[int, float] | None = None, banned: Sequence[int] = ()
-) -> SlotState:
-    bias = bias or {}
-    ids, amounts = np.full(SEEN_CHUNK, V, np.int32), np.zeros(SEEN_CHUNK, np.int32)
-    known = [*sorted(set(prompt)), *output]
-    ids[: len(known)], amounts[: len(known)] = known, [1] * len(set(prompt)) + [2] * len(output)
-    bias_ids, bias_values = np.full(MAX_LOGIT_BIAS, V, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-    bias_ids[: len(bias)], bias_values[: len(bias)] = list(bias), list(bias.values())
-    bans = np.full(MAX_BANNED, V, np.int32)
-    bans[: len(banned)] = banned
-    return jax.jit(seed_slot)(fresh_state(), np.int32(slot), np.bool_(True), ids, amounts, bias_ids, bias_values, bans)
+def request_of(*, prompt: Sequence[int] = (), output: Sequence[int] = (), bad_words: Any = (), **params: Any) -> Request:
+    made = Request(id="r", prompt_ids=list(prompt), params=SamplingParams(**params), bad_words=tuple(map(tuple, bad_words)))
+    made.output_ids.extend(output)
+    return made
+
+
+def seeded(slot: int, *, banned: Sequence[int] = (), state: SlotState | None = None, **request: Any) -> SlotState:
+    found = fresh_state() if state is None else state
+    for seed in slot_seeds(request_of(**request), V, frozenset(banned)):
+        found = jax.jit(seed_slot)(found, np.int32(slot), *seed)
+    return found
 
 
 def logits_of(num_rows: int, seed: int = 0) -> np.ndarray:
@@ -163,7 +166,7 @@ def test_penalties_follow_the_formula() -> None:
             seen = winner in {*prompt, *output}
             before = wanted + (0.6 + 0.4 * output.count(winner) if winner in output else 0)
             raised[0, winner] = before * 1.5 if seen and before > 0 else before / 1.5 if seen else before
-            tokens, _, _ = run(jnp.asarray(raised), rows_of(row), seeded(3, prompt=prompt, output=output))
+            tokens, _, _ = run(jnp.asarray(raised), rows_of(row), seeded(3, prompt=prompt, output=output, presence_penalty=0.6))
             assert (int(tokens[0]) == winner) == (margin > 0)
 
 
@@ -179,24 +182,24 @@ def test_sampled_tokens_count_towards_the_next_penalty() -> None:
 
 
 def test_stale_state_of_a_slot_does_not_reach_a_request_without_features() -> None:
-    state = seeded(0, prompt=[1, 2], output=[3] * 9, bias={5: 100.0}, banned=[6])
+    state = seeded(
+        0, prompt=[1, 2], output=[3] * 9, presence_penalty=1.0, logit_bias={5: 100.0}, banned=[6], bad_words=[[logits_of(1)[0].argmax()]]
+    )
     logits = logits_of(1)
     tokens, _, _ = run(jnp.asarray(logits), rows_of({"temperature": 0.0}), state)
     assert int(tokens[0]) == logits[0].argmax()
 
 
 def test_seeding_forgets_the_last_request() -> None:
-    state = seeded(2, prompt=[1], output=[3] * 9)
-    empty = np.full(SEEN_CHUNK, V, np.int32), np.zeros(SEEN_CHUNK, np.int32)
-    bias = np.full(MAX_LOGIT_BIAS, V, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-    state = jax.jit(seed_slot)(state, np.int32(2), np.bool_(True), *empty, *bias, np.full(MAX_BANNED, V, np.int32))
-    assert not np.asarray(state.seen[2]).any()
+    state = seeded(2, prompt=[1], output=[3] * 9, presence_penalty=1.0)
+    assert np.asarray(state.seen[2]).any()
+    assert not np.asarray(seeded(2, state=state).seen[2]).any()
 
 
 def test_logit_bias_and_min_tokens_move_the_choice() -> None:
     logits = logits_of(2)
     best = int(logits[0].argmax())
-    state = seeded(0, bias={17: 100.0}, banned=[17])
+    state = seeded(0, logit_bias={17: 100.0}, banned=[17])
     biased = run(jnp.asarray(logits), rows_of({"temperature": 0.0, "wants": BIAS}, {"temperature": 0.0}), state)[0]
     assert [int(biased[0]), int(biased[1])] == [17, int(logits[1].argmax())]
     banned = run(jnp.asarray(logits[:1]), rows_of({"temperature": 0.0, "wants": MIN_TOKENS}), seeded(0, banned=[best]))[0]
@@ -206,7 +209,7 @@ def test_logit_bias_and_min_tokens_move_the_choice() -> None:
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = logits_of(1)
     row = {"temperature": 0.2, "wants": LOGPROBS | BIAS, "seed": 5}
-    tokens, logprobs, _ = run(jnp.asarray(logits), rows_of(row), seeded(0, bias={int(logits[0].argmin()): 100.0}))
+    tokens, logprobs, _ = run(jnp.asarray(logits), rows_of(row), seeded(0, logit_bias={int(logits[0].argmin()): 100.0}))
     token = int(tokens[0])
     exact = logits[0].astype(np.float64) - np.log(np.exp(logits[0].astype(np.float64)).sum())
     assert token == logits[0].argmin()
@@ -228,21 +231,15 @@ def test_logits_that_are_not_finite_fail_their_row_alone(bad: float) -> None:
 
 
 def test_rows_that_do_not_sample_change_no_state() -> None:
-    state = seeded(0, prompt=[1])
+    state = seeded(0, prompt=[1], presence_penalty=1.0)
     _, _, after = run(jnp.asarray(logits_of(2)), rows_of({"slot": -1, "wants": PENALTIES}, {"slot": -1}), state)
     jax.tree.map(np.testing.assert_array_equal, state, after)
-
-
-def pack_bits(ids: Sequence[int]) -> np.ndarray:
-    bits = np.zeros(-(-V // 32) * 32, np.uint8)
-    bits[list(ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def masked(slots: Mapping[int, Sequence[int]]) -> SlotState:
     ids, words = np.full(MASK_CHUNK, M, np.int32), np.zeros((MASK_CHUNK, -(-V // 32)), np.int32)
     for place, (slot, allowed) in enumerate(slots.items()):
-        ids[place], words[place] = slot, pack_bits(allowed)
+        ids[place], words[place] = slot, pack_mask(allowed, V)
     return jax.jit(set_masks)(fresh_state(), ids, words)
 
 
@@ -266,7 +263,7 @@ def test_masked_rows_sample_what_their_mask_allows_and_others_what_they_did(temp
 
 
 def test_mask_outranks_bias_and_reaches_the_last_token() -> None:
-    state = dataclasses.replace(seeded(1, bias={5: 100.0, V - 1: -100.0}), mask=masked({1: [V - 1]}).mask)
+    state = dataclasses.replace(seeded(1, logit_bias={5: 100.0, V - 1: -100.0}), mask=masked({1: [V - 1]}).mask)
     tokens, _, _ = run(jnp.asarray(logits_of(1)), rows_of({"slot": 1, "wants": MASK | BIAS}), state)
     assert int(tokens[0]) == V - 1
 
@@ -289,3 +286,88 @@ def test_draws_under_a_mask_follow_the_distribution_that_is_left() -> None:
     expected = weights / weights.sum()
     assert counts.sum() == counts[allowed].sum() == num
     assert (np.abs(counts[allowed] - num * expected) < 5 * np.sqrt(num * expected * (1 - expected)) + 1).all()
+
+
+def ban_by_hand(bad_words: Sequence[Sequence[int]], output: Sequence[int]) -> set[int]:
+    """The tokens that would complete a bad word, as transformers' and vLLM's processors find them."""
+    return {
+        word[-1] for word in bad_words if tuple(output[len(output) - len(word) + 1 :]) == tuple(word[:-1]) and len(word) <= len(output) + 1
+    }
+
+
+def test_bad_words_ban_the_token_that_would_complete_one() -> None:
+    rng = np.random.default_rng(3)
+    for trial in range(40):
+        words = [rng.integers(0, 4, rng.integers(1, 4)).tolist() for _ in range(5)] + [rng.integers(0, 4, MAX_BAD_WORD_TOKENS).tolist()]
+        output = rng.integers(0, 4, rng.integers(0, 40)).tolist()
+        logits = logits_of(1, trial)
+        logits[0, 4:8] += 20  # what is left when all four are banned
+        logits[0, :4] += 30
+        banned = ban_by_hand(words, output)
+        tokens, _, _ = run(
+            jnp.asarray(logits), rows_of({"slot": 2, "temperature": 0.0, "wants": BAD_WORDS}), seeded(2, output=output, bad_words=words)
+        )
+        expected = logits[0].copy()
+        expected[list(banned)] = -np.inf
+        assert int(tokens[0]) == expected.argmax()
+
+
+def test_bad_words_see_what_was_sampled_since() -> None:
+    words = [[5, 5, 6], [6, 5, 5]]
+    state, output = seeded(1, bad_words=words), []
+    for step in range(30):
+        logits = np.zeros((2, V), np.float32)
+        logits[:, 5], logits[:, 6] = 3 + np.random.default_rng(step).random(2), 3.5
+        expected = logits[1].copy()
+        expected[list(ban_by_hand(words, output))] = -np.inf
+        tokens, _, state = run(jnp.asarray(logits), rows_of({"slot": 0}, {"slot": 1, "temperature": 0.0, "wants": BAD_WORDS}), state)
+        output.append(int(tokens[1]))
+        assert output[-1] == expected.argmax()
+    assert {5, 6} <= {*output}
+
+
+def test_row_without_any_allowed_token_says_so() -> None:
+    tokens, _, _ = run(
+        jnp.asarray(logits_of(2)), rows_of({"wants": MASK | BAD_WORDS}, {"temperature": 0.0}),
+        dataclasses.replace(seeded(0, bad_words=[[7]]), mask=masked({0: [7]}).mask),
+    )  # fmt: skip
+    assert [int(tokens[0]), int(tokens[1])] == [NO_TOKEN, logits_of(2)[1].argmax()]
+
+
+def test_chosen_tokens_come_with_their_logprobs() -> None:
+    ids = [299, 0, 17]
+    _, found, _ = run(jnp.asarray(logits_of(2)), rows_of({}, {"slot": 3, "wants": LOGPROBS | CHOSEN}), seeded(3, logprob_token_ids=ids))
+    exact = jax.nn.log_softmax(logits_of(2)[1])
+    np.testing.assert_allclose(found.chosen[1, :3], exact[np.array(ids)], atol=1e-5)
+
+
+def test_adjusted_logits_equal_those_of_transformers_processors() -> None:
+    prompt, output = [4, 4, 9, 30], [7, 7, 9, 31]
+    ids = torch.tensor([prompt + output])
+    bad_words = [[7, 9, 31, 12], [40], [31, 41]]
+    chain = [
+        transformers.NoBadWordsLogitsProcessor(bad_words, eos_token_id=[]),
+        transformers.SuppressTokensLogitsProcessor([3, 250]),
+        transformers.SequenceBiasLogitsProcessor([[[12], 4.0], [[50], 2.5], [[9], -3.0], [[299], 3.0]]),
+        transformers.RepetitionPenaltyLogitsProcessor(1.3),
+        transformers.TemperatureLogitsWarper(1.9),
+        transformers.MinPLogitsWarper(0.01),
+        transformers.TopKLogitsWarper(30),
+        transformers.TopPLogitsWarper(0.9),
+    ]
+    params = {"temperature": 1.9, "min_p": 0.01, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3}
+    scores = torch.tensor(logits_of(1))
+    for process in chain:
+        scores = process(ids, scores)
+    expected = torch.softmax(scores[0].double(), -1).numpy()
+    bias = {12: 4.0, 50: 2.5, 9: -3.0, 299: 3.0}
+    state = seeded(0, prompt=prompt, output=output, repetition_penalty=1.3, bad_words=bad_words, logit_bias=bias, banned=[3, 250])
+    one, num = rows_of({"wants": PENALTIES | BAD_WORDS | BIAS | MIN_TOKENS, **params}), 6000
+
+    def draw(seed: jax.Array) -> jax.Array:
+        return sample(jnp.asarray(logits_of(1)), dataclasses.replace(one, seed=seed[None]), state)[0][0]
+
+    counts = np.bincount(np.asarray(jax.jit(lambda: jax.lax.map(draw, jnp.arange(num, dtype=jnp.uint32)))()), minlength=V)
+    assert (counts[expected == 0] == 0).all()
+    assert (np.abs(counts - num * expected) < 5 * np.sqrt(num * expected * (1 - expected)) + 1).all()
+    assert 5 < (expected > 0).sum() < 31

@@ -14,6 +14,7 @@ from typing import Any
 from jaxserve.request import FinishReason, Request, SamplingParams
 from jaxserve.scheduler.schedule import Row, Schedule
 from jaxserve.scheduler.scheduler import Scheduler
+from tests.scheduler.invariants import check_scheduler
 
 VOCAB = 11
 POISON = -1
@@ -51,14 +52,14 @@ def shown(schedule: Schedule) -> list[tuple[str, int, int, bool]]:
 def finish_step(scheduler: Scheduler, schedule: Schedule, token: int = 1) -> list[tuple[str, tuple[int, ...]]]:
     """Collect a step in which every sampling row samples `token`; which requests gained what."""
     gained = scheduler.update(schedule, [(token,) if row.samples else () for row in schedule.rows])
-    scheduler.check()
+    check_scheduler(scheduler)
     return [(row.request.id, ids) for row, ids in gained]
 
 
 def run_step(scheduler: Scheduler, token: int = 1) -> list[tuple[str, int, int, bool]]:
     """Schedule a step and collect it; its rows."""
     schedule = scheduler.schedule()
-    scheduler.check()
+    check_scheduler(scheduler)
     finish_step(scheduler, schedule, token)
     return shown(schedule)
 
@@ -117,12 +118,12 @@ class Simulation:
         self.requests.append(request)
         capacity = (self.scheduler.num_pages - 1) * self._page_size
         self._truth[request.id] = answer_alone(request, max_len=self._max_len, capacity=capacity)
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
     def dispatch(self, *, fails: bool = False) -> Schedule:
         """Schedule a step and run it on the device; a failing one leaves poison wherever it writes."""
         schedule = self.scheduler.schedule()
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         if schedule.rows:
             assert schedule.num_tokens == sum(row.count for row in schedule.rows)
             assert len({row.request.id for row in schedule.rows}) == len(schedule.rows)
@@ -141,7 +142,7 @@ class Simulation:
         else:
             for row, ids in self.scheduler.update(step.schedule, step.tokens):
                 assert row.request.output_ids == before[row.request.id] + list(ids)
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
     def step(self, *, overlap: bool) -> Schedule:
         """What the engine's step does."""

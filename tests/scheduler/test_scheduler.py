@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import QueueFullError, UserError
+from tests.scheduler.invariants import check_scheduler
 from tests.scheduler.simulation import Simulation, finish_step, make_request, make_scheduler, run_all, run_step, shown
 
 
@@ -35,6 +36,16 @@ def test_prompts_get_only_the_mixed_budget_while_an_answer_is_written() -> None:
     assert run_step(scheduler) == [("a", 3, 1, True), ("b", 0, 8, False)]
     assert run_step(scheduler) == [("a", 4, 1, True), ("b", 8, 8, False)]
     assert run_step(scheduler) == [("b", 16, 14, True)]
+
+
+def test_prompts_go_first_in_steps_of_their_own_when_nothing_may_mix() -> None:
+    scheduler = make_scheduler(max_mixed_tokens=0, max_rows=2)
+    for name, length in (("a", 12), ("b", 20), ("c", 3)):
+        scheduler.add(make_request(name, [1] * length, max_tokens=2))
+    assert run_step(scheduler) == [("a", 0, 12, True), ("b", 0, 4, False)]
+    assert run_step(scheduler) == [("b", 4, 16, True)]
+    assert run_step(scheduler) == [("a", 12, 1, True), ("b", 20, 1, True)]
+    assert run_step(scheduler) == [("c", 0, 3, True)]
 
 
 def test_every_running_answer_goes_on_when_there_are_more_than_the_mixed_budget() -> None:
@@ -192,7 +203,7 @@ def test_failed_step_ends_its_requests_and_no_others() -> None:
     schedule = scheduler.schedule()
     scheduler.finish(requests[1], "abort")
     assert scheduler.fail(schedule) == [requests[0]]
-    scheduler.check()
+    check_scheduler(scheduler)
     assert [request.finish_reason for request in requests] == ["error", "abort", None]
     assert scheduler.fail(schedule) == []
     run_all(scheduler)
@@ -206,7 +217,7 @@ def test_finish_happens_once_when_called_twice() -> None:
     run_step(scheduler)
     scheduler.finish(request, "stop", "END")
     scheduler.finish(request, "abort")
-    scheduler.check()
+    check_scheduler(scheduler)
     assert (request.finish_reason, request.stop_reason, scheduler.num_free_pages) == ("stop", "END", 39)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.request import Request
+from tests.scheduler.invariants import check_scheduler
 from tests.scheduler.simulation import finish_step, make_request, make_scheduler, run_all, run_step, shown
 
 
@@ -18,7 +19,7 @@ def test_pages_run_out_and_the_youngest_of_the_worst_priority_gives_way() -> Non
     preempted: list[Request] = []
     while not preempted:
         schedule = scheduler.schedule()
-        scheduler.check()
+        check_scheduler(scheduler)
         preempted += schedule.preempted
         assert not {row.request.id for row in schedule.rows} & {request.id for request in schedule.preempted}
         finish_step(scheduler, schedule)
@@ -38,7 +39,7 @@ def test_prompt_chunk_takes_the_pages_of_a_worse_answer_that_this_step_already_c
         assert run_step(scheduler) == [("worse", 4 + start // 4, 1, True), ("better", start, 4, False)]
     assert scheduler.num_free_pages == 0
     schedule = scheduler.schedule()
-    scheduler.check()
+    check_scheduler(scheduler)
     assert (shown(schedule), schedule.preempted, schedule.num_tokens) == ([("better", 20, 4, True)], (worse,), 4)
     assert worse.num_in_flight == 0
     finish_step(scheduler, schedule)
@@ -175,7 +176,7 @@ def test_running_request_shares_its_collected_pages_but_not_those_in_flight() ->
     collected = make_request("c", [1] * 9)
     scheduler.add(collected)
     scheduler.schedule()
-    scheduler.check()
+    check_scheduler(scheduler)
     assert collected.num_cached == 8
 
 

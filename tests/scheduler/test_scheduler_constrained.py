@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.request import Matcher, Request
+from tests.scheduler.invariants import check_scheduler
 from tests.scheduler.simulation import finish_step, make_request, make_scheduler, run_all, run_step, shown
 
 
@@ -67,7 +68,7 @@ def test_prompt_of_one_token_waits_in_its_slot() -> None:
     scheduler.add(request)
     assert scheduler.schedule().rows == ()
     assert scheduler.num_running == 1
-    scheduler.check()
+    check_scheduler(scheduler)
     request.awaits_mask = False
     assert run_step(scheduler) == [("c", 0, 1, True)]
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from jaxserve.errors import QueueFullError, UserError
+from tests.scheduler.invariants import check_scheduler
 from tests.scheduler.simulation import VOCAB, Simulation, make_request, make_scheduler
 
 TOKEN = st.integers(0, VOCAB - 1)
@@ -20,7 +21,7 @@ SIZES = st.fixed_dictionaries(
         "page_size": st.sampled_from([1, 2, 3, 4, 7]),
         "max_rows": st.integers(1, 6),
         "max_step_tokens": st.integers(1, 20),
-        "max_mixed_tokens": st.integers(1, 20),
+        "max_mixed_tokens": st.integers(0, 20),
         "max_len": st.integers(8, 60),
         "prefix_cache": st.booleans(),
         "max_queue": st.just(9),
@@ -60,7 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             self.simulation.add(request)
         except (QueueFullError, UserError):
-            self.simulation.scheduler.check()
+            check_scheduler(self.simulation.scheduler)
 
     @precondition(lambda self: len(self.simulation.in_flight) <= 2)
     @rule()
@@ -88,7 +89,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             reason = request.finish_reason
             self.simulation.scheduler.finish(request, "abort")
             assert request.finish_reason == (reason or "abort")
-            self.simulation.scheduler.check()
+            check_scheduler(self.simulation.scheduler)
+
+    @rule(preempt=st.booleans())
+    def reset_prefix_cache(self, preempt: bool) -> None:
+        scheduler = self.simulation.scheduler
+        done = scheduler.reset_prefix_cache(preempt=preempt)
+        assert done == (scheduler.num_running == 0)
+        assert done or not preempt
+        check_scheduler(scheduler)
 
     def teardown(self) -> None:
         if hasattr(self, "simulation"):
@@ -115,7 +124,7 @@ def test_scheduler_gives_each_request_its_own_answer_when_pages_are_scarce(overl
         simulation.step(overlap=overlap)
         if rng.random() < 0.02:
             scheduler.finish(rng.choice(simulation.requests), "abort")
-            scheduler.check()
+            check_scheduler(scheduler)
     simulation.drain(overlap=overlap)
     finished = [request.finish_reason for request in simulation.requests]
     assert scheduler.num_preemptions > 20
@@ -137,7 +146,7 @@ def test_abort_frees_everything_and_harms_nobody_at_any_point(steps_before: int,
     if collected and simulation.in_flight:
         simulation.collect()
     scheduler.finish(victim, "abort")
-    scheduler.check()
+    check_scheduler(scheduler)
     assert (victim.status, victim.pages, victim.slot) == ("finished", [], -1)
     simulation.drain()
     assert [request.finish_reason for request in simulation.requests if request is not victim] == ["length", "length"]

@@ -1,0 +1,71 @@
+"""Many devices, the same tokens: each family of layers, over meshes of fake CPU devices with real collectives."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.engine.parallel_worker import answers_on
+from tests.tiny import EOS, VOCAB, save_tokenizer
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "max_position_embeddings": 64,
+    "initializer_range": 0.4, "eos_token_id": 0, "bos_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+LATENT = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fewer KV heads than devices": ("LlamaConfig", SIZES | {"num_attention_heads": 6, "num_key_value_heads": 2}),
+    "three KV heads, tied, biases": (
+        "Qwen2Config", SIZES | {"num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    "alibi": (
+        "MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64, "initializer_range": 0.4},
+    ),
+    "experts": ("MixtralConfig", SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2} | EXPERTS),
+    "latent attention": (
+        "DeepseekV3Config",
+        SIZES | LATENT | {
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+            "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+        },
+    ),
+}  # fmt: skip
+MESHES = {
+    "fewer KV heads than devices": ("tensor=2", "tensor=8", "data=2,tensor=2"),
+    "three KV heads, tied, biases": ("tensor=2",),
+    "alibi": ("tensor=4",),
+    "experts": ("expert=2,tensor=4",),
+    "latent attention": ("tensor=2",),
+}
+
+
+@functools.cache
+def model(name: str) -> pathlib.Path:
+    kind, options = MODELS[name]
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="jaxserve-parallel-"))
+    torch.manual_seed(3)
+    made = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # biases too
+    made.save_pretrained(directory)
+    save_tokenizer(directory, eos=EOS, chat_template=None)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_the_same_over_any_mesh(name: str) -> None:
+    alone, *spread = answers_on(8, str(model(name)), [{"mesh": mesh} for mesh in ("tensor=1", *MESHES[name])])
+    assert len({tuple(tokens) for tokens in alone}) == 5, alone
+    assert dict(zip(MESHES[name], spread, strict=True)) == dict.fromkeys(MESHES[name], alone)
