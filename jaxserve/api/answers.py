@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive
 
+from jaxserve.api.beam import start_search
 from jaxserve.api.errors import ClientGoneError, GenerationError
 from jaxserve.api.protocol import Options
 from jaxserve.config import EngineConfig
+from jaxserve.engine.beam import check_beams
 from jaxserve.errors import EngineUnavailableError, UserError
 from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs
 
@@ -94,8 +96,9 @@ def fit(field: str, num_prompt: int, options: Options, params: SamplingParams, m
         raise UserError(field, message, code=_TOO_LONG)
     asked = params.max_tokens
     if asked is not None and asked > room and not options.default_max_tokens:
-        message = f"the prompt has {num_prompt} tokens and max_tokens is {asked}, but the model's context holds {max_len} tokens in all; "
-        raise UserError("max_tokens", message + f"ask for at most {room}", code=_TOO_LONG)
+        name = options.limit_name
+        message = f"the prompt has {num_prompt} tokens and {name} is {asked}, but the model's context holds {max_len} tokens in all; "
+        raise UserError(name, message + f"ask for at most {room}", code=_TOO_LONG)
     limit = room if asked is None else min(asked, room)
     return params if limit == asked else dataclasses.replace(params, max_tokens=limit)
 
@@ -110,6 +113,7 @@ async def submit(
     Raises: UserError, QueueFullError, EngineUnavailableError.
     """
     served = engine.served
+    params, options = with_defaults(params, options, served.defaults)
     params.check_token_ids(served.vocab_size)
     fitted = [fit(field, len(prompt), options, params, served.max_len) for prompt in prompts]
     constraint = None if params.structured_outputs is None else await served.grammars.compile_async(params.structured_outputs)
@@ -117,11 +121,16 @@ async def submit(
     try:
         for prompt_ids, limited in zip(prompts, fitted, strict=True):
             engine.metrics.request_n.observe(params.n)
+            if options.length_penalty is not None:
+                check_beams(limited)
+                streams += start_search(engine, prompt_ids, options, limited)
+                continue
             for number in range(params.n):
-                one = _single(limited, number)
+                one = limited.of_answer(number)
                 stream = engine.submit(
                     prompt_ids=prompt_ids, params=one, priority=options.priority, cache_salt=options.cache_salt, constraint=constraint
                 )
+                stream.name = options.request_id
                 streams.append(stream)
     except EngineUnavailableError:
         _abort(streams)
@@ -132,12 +141,32 @@ async def submit(
     return streams
 
 
-def _single(params: SamplingParams, number: int) -> SamplingParams:
-    if params.n == 1:
-        return params
-    # Seeds run on, and wrap where 64 bits end.
-    seed = None if params.seed is None else (params.seed + number + 2**63) % 2**64 - 2**63
-    return dataclasses.replace(params, n=1, seed=seed)
+def submit_all(engine: AsyncEngine, starts: Sequence[Callable[[], OutputStream]], name: str) -> list[OutputStream]:
+    """Start requests, all of them or none; operators may call them by `name`.
+
+    Raises: UserError, QueueFullError, EngineUnavailableError.
+    """
+    streams: list[OutputStream] = []
+    try:
+        for start in starts:
+            streams.append(start())
+            streams[-1].name = name
+    except EngineUnavailableError:
+        _abort(streams)
+        raise unavailable(engine) from None
+    except BaseException:
+        _abort(streams)
+        raise
+    return streams
+
+
+def with_defaults(params: SamplingParams, options: Options, defaults: Mapping[str, Any]) -> tuple[SamplingParams, Options]:
+    """The same with the model's own defaults for what the client left open; a search looks at none but the length."""
+    changes = {name: defaults[name] for name in options.unset if name in defaults and options.length_penalty is None}
+    if params.max_tokens is None and "max_tokens" in defaults:
+        changes["max_tokens"] = defaults["max_tokens"]
+        options = dataclasses.replace(options, default_max_tokens=True)
+    return dataclasses.replace(params, **changes) if changes else params, options
 
 
 def _abort(streams: Sequence[OutputStream]) -> None:
@@ -193,8 +222,8 @@ class Running:
                 raise UserError(output.fault, f"{output.fault}: {output.error}")
             if output.finish_reason == "error":
                 raise GenerationError(output.error or "the engine failed on this request")
-            if output.finish_reason == "abort":
-                break
+            if output.finish_reason == "abort" and output.error is not None:
+                raise EngineUnavailableError(output.error)
             yield output
             if output.finish_reason is not None:
                 return

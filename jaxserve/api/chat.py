@@ -8,29 +8,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.api.answers import Running, UsageCount, answer_id, check_chars, ready, served_name, submit, truncate
-from jaxserve.api.conversation import count_chars, plain_text
+from jaxserve.api.answers import Running, UsageCount, answer_id
+from jaxserve.api.chunks import ChunkPrinter
+from jaxserve.api.conversation import plain_text
 from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.logprobs import TokenNames, chat_logprobs, is_heavy, prompt_logprobs
-from jaxserve.api.protocol import ChatRequest, Options, Rendering, decode_chat
-from jaxserve.api.reading import AnswerReader, Reading, plan_reading
+from jaxserve.api.protocol import ChatRequest, decode_chat
+from jaxserve.api.reading import AnswerReader
 from jaxserve.api.sse import frame, stream_answer
+from jaxserve.api.turn import Turn, begin_turn
 from jaxserve.api.wire import INLINE_BYTES, INLINE_CHARS, off_loop, send_json
 from jaxserve.request import RequestOutput, merge_outputs
-
-if TYPE_CHECKING:
-    from jaxserve.engine.async_engine import OutputStream
-    from jaxserve.engine.load import ServedModel
-
-
-# More than any marker of reasoning, with the white space behind it.
-PROMPT_END_CHARS = 128
+from jaxserve.text.answer import CallArguments, CallStart, Content, Part, Reasoning
 
 
 class ChatEndpoint(JsonEndpoint):
@@ -39,76 +34,37 @@ class ChatEndpoint(JsonEndpoint):
     async def answer(self, body: bytes, receive: Receive, send: Send) -> None:
         """Answer one chat request."""
         request = await off_loop(len(body) > INLINE_BYTES, lambda: decode_chat(body))
-        options = request.options
-        name = served_name(self.engine.config, options.model)
-        served = ready(self.engine)
-        ids, prompt_end = await render_prompt(served, request.rendering, options.add_special_tokens)
-        prompt_ids = truncate(ids, options, served.max_len)
-        reading = plan_reading(self.server, served, request, prompt_end)
-        params = options.params if reading is None else reading.params(options.params)
-        streams = await submit(self.engine, "messages", [prompt_ids], options, params)
-        printer = ChatPrinter(request, name, prompt_ids, served, reading)
-        async with Running(receive, streams) as running:
-            if options.stream:
+        turn = await begin_turn(self.engine, request)
+        printer = ChatPrinter(request, turn)
+        async with Running(receive, turn.streams) as running:
+            if request.options.stream:
                 await stream_answer(send, running, printer, write_timeout_s=self.server.write_timeout_s)
                 return
-            outputs = [await running.collect(stream) for stream in streams]
-        heavy = is_heavy(*outputs) or (reading is not None and sum(len(output.text) for output in outputs) > INLINE_CHARS)
+            outputs = [await running.collect(stream) for stream in turn.streams]
+        heavy = is_heavy(*outputs) or (turn.reading is not None and sum(len(output.text) for output in outputs) > INLINE_CHARS)
         await send_json(send, await off_loop(heavy, lambda: printer.whole(outputs)))
 
 
-async def render_prompt(served: ServedModel, rendering: Rendering, add_special_tokens: bool) -> tuple[list[int], str]:
-    """Token ids of a conversation as the model's chat template prints it, and its last characters.
+class ChatPrinter(ChunkPrinter):
+    """The answers to one chat request in OpenAI's shapes: `whole`, or `render` piece by piece."""
 
-    Raises: UserError for a conversation that the template refuses, or one far too long.
-    """
-    chars = count_chars(rendering.messages) + sum(len(str(tool)) for tool in rendering.tools or ())
-    check_chars("messages", chars, served.max_len)
-
-    def work() -> tuple[list[int], str]:
-        text = served.chat.render(
-            rendering.messages,
-            tools=rendering.tools,
-            add_generation_prompt=rendering.add_generation_prompt,
-            continue_final_message=rendering.continue_final_message,
-            kwargs=rendering.kwargs,
-        )
-        # A template may print documents and other variables that were not counted above.
-        check_chars("messages", len(text), served.max_len)
-        return served.tokenizer.encode(text, add_special_tokens=add_special_tokens), text[-PROMPT_END_CHARS:]
-
-    return await off_loop(chars > INLINE_CHARS or bool(rendering.kwargs), work)
-
-
-class ChatPrinter:
-    """The answers to one chat request in OpenAI's shapes: `whole`, or `render` piece by piece.
-
-    Args:
-      reading: how to find reasoning and calls in them; None if all is content.
-    """
-
-    def __init__(self, request: ChatRequest, name: str, prompt_ids: list[int], served: ServedModel, reading: Reading | None) -> None:
-        options = request.options
-        self._options: Options = options
-        self._prompt_ids = prompt_ids
-        self._usage = UsageCount([len(prompt_ids)], options.params.n)
-        self._names = TokenNames(served.tokenizer, as_ids=options.tokens_as_ids)
+    def __init__(self, request: ChatRequest, turn: Turn) -> None:
+        options, reading = request.options, turn.reading
+        kind = "chat.completion.chunk" if options.stream else "chat.completion"
+        head = {"id": answer_id("chatcmpl", options.request_id), "object": kind, "created": int(time.time()), "model": turn.name}
+        super().__init__(options, UsageCount([len(turn.prompt_ids)], options.params.n), head)
+        self._prompt_ids = turn.prompt_ids
+        self._names = TokenNames(turn.served.tokenizer, as_ids=options.tokens_as_ids)
         last = request.rendering.messages[-1]
         self._echo = plain_text(last["content"]) if options.echo and last["role"] == "assistant" else ""
-        self._readers = None if reading is None else [AnswerReader(reading) for _ in range(options.params.n)]
+        self._readers = [AnswerReader(reading, call_prefix="chatcmpl-tool-") for _ in range(options.params.n)]
         self._unread: list[list[RequestOutput]] = [[] for _ in range(options.params.n)]  # outputs whose text a reader still holds
         self._begun = [False] * options.params.n
-        kind = "chat.completion.chunk" if options.stream else "chat.completion"
-        self._head = {"id": answer_id("chatcmpl", options.request_id), "object": kind, "created": int(time.time()), "model": name}
-        wants_extras = options.params.logprobs is not None or options.return_token_ids or options.continuous_usage
+        wants_extras = options.params.num_logprobs is not None or options.return_token_ids or options.continuous_usage
         self._plain = reading is None and not wants_extras
         # All of a plain chunk but its text is the same through a stream: printed once.
         before = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
         self._before = [before + b'%d,"delta":{"content":' % index for index in range(options.params.n)]
-
-    def outputs(self, running: Running, stream: OutputStream) -> AsyncIterator[RequestOutput]:
-        """Every output of one request."""
-        return running.outputs(stream)
 
     def render(self, index: int, output: RequestOutput) -> bytes:
         """The events for an output of choice `index`: role, text, finish, as far as they are due."""
@@ -117,7 +73,7 @@ class ChatPrinter:
             return self._before[index] + orjson.dumps(output.text) + b'},"logprobs":null,"finish_reason":null}]}\n\n'
         events = b"" if self._begun[index] else self._first(index)
         self._begun[index] = True
-        deltas = self._deltas(index, output)
+        deltas = [_delta(part) for part in self._readers[index].parts(output)]
         if not deltas and output.finish_reason is None:
             self._unread[index].append(output)
             return events
@@ -128,27 +84,20 @@ class ChatPrinter:
             extras = {}
         if output.finish_reason is not None:
             stop: dict[str, Any] = {} if output.stop_reason is None else {"stop_reason": output.stop_reason}
-            events += self._chunk(index, {}, **extras, finish_reason=self._finish_reason(index, output), **stop)
+            events += self._chunk(index, {}, **extras, finish_reason=self._readers[index].finish_reason(output.finish_reason), **stop)
         return events
-
-    def last(self) -> bytes:
-        """The chunk with the usage of all choices, if it was asked for."""
-        if not self._options.include_usage:
-            return b""
-        return frame(orjson.dumps({**self._head, "choices": [], "usage": self._usage.total()}))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The body of an answer that is not streamed."""
         choices: list[dict[str, Any]] = []
         for index, output in enumerate(outputs):
             self._usage.see(index, output)
-            message = {"role": "assistant", "content": self._echo + output.text, "refusal": None}
             choice: dict[str, Any] = {
                 "index": index,
-                "message": message if self._readers is None else self._readers[index].message(output, self._echo),
+                "message": _message(self._readers[index].parts(output), self._echo),
                 "logprobs": None,
                 **self._extras(output),
-                "finish_reason": self._finish_reason(index, output),
+                "finish_reason": self._readers[index].finish_reason(output.finish_reason),
                 "stop_reason": output.stop_reason,
             }
             choices.append(choice)
@@ -159,14 +108,6 @@ class ChatPrinter:
             answer["prompt_token_ids"] = self._prompt_ids
         return orjson.dumps(answer)
 
-    def _deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        if self._readers is not None:
-            return self._readers[index].deltas(output)
-        return [{"content": output.text}] if output.text else []
-
-    def _finish_reason(self, index: int, output: RequestOutput) -> str | None:
-        return output.finish_reason if self._readers is None else self._readers[index].finish_reason(output.finish_reason)
-
     def _first(self, index: int) -> bytes:
         head = {"prompt_token_ids": self._prompt_ids} if self._options.return_token_ids and not any(self._begun) else {}
         events = self._chunk(index, {"role": "assistant", "content": ""}, top=head)
@@ -174,8 +115,9 @@ class ChatPrinter:
 
     def _extras(self, output: RequestOutput) -> dict[str, Any]:
         extras: dict[str, Any] = {}
-        if self._options.params.logprobs is not None and output.logprobs:
-            extras["logprobs"] = chat_logprobs(output.logprobs, self._options.params.logprobs, self._names)
+        num_logprobs = self._options.params.num_logprobs
+        if num_logprobs is not None and output.logprobs:
+            extras["logprobs"] = chat_logprobs(output.logprobs, num_logprobs, self._names)
         if self._options.return_token_ids:
             extras["token_ids"] = output.token_ids
         return extras
@@ -189,3 +131,32 @@ class ChatPrinter:
         if self._options.continuous_usage:
             body["usage"] = self._usage.of(index)
         return frame(orjson.dumps(body))
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    match part:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning": text, "reasoning_content": text}
+        case CallStart(index, name, call_id):
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _message(parts: list[Part], echo: str) -> dict[str, Any]:
+    """The whole message; content is null where there is none."""
+    content = echo + "".join(part.text for part in parts if isinstance(part, Content))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, CallStart):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+        elif isinstance(part, CallArguments):
+            calls[-1]["function"]["arguments"] += part.text
+    is_empty = not content and bool(calls or reasoning)
+    message: dict[str, Any] = {"role": "assistant", "content": None if is_empty else content, "refusal": None}
+    if reasoning:
+        message |= {"reasoning": reasoning, "reasoning_content": reasoning}
+    return message | {"tool_calls": calls} if calls else message

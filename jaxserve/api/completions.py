@@ -11,6 +11,7 @@ import orjson
 from starlette.types import Receive, Send
 
 from jaxserve.api.answers import Running, UsageCount, answer_id, check_chars, ready, served_name, submit, truncate
+from jaxserve.api.chunks import ChunkPrinter
 from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.logprobs import TokenNames, completion_logprobs, is_heavy, prompt_logprobs
 from jaxserve.api.protocol import CompletionRequest, decode_completion
@@ -82,21 +83,20 @@ def _engine_params(request: CompletionRequest) -> SamplingParams:
     return dataclasses.replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
 
 
-class CompletionPrinter:
+class CompletionPrinter(ChunkPrinter):
     """The answers to one completion request in OpenAI's shapes: `whole`, or `render` piece by piece."""
 
     def __init__(self, request: CompletionRequest, name: str, prompts: list[Prompt], served: ServedModel) -> None:
         options = request.options
-        self._request = request
-        self._options = options
-        self._prompts = prompts
         n = options.params.n
-        self._usage = UsageCount([len(prompt.ids) for prompt in prompts], n)
+        head = {"id": answer_id("cmpl", options.request_id), "object": "text_completion", "created": int(time.time()), "model": name}
+        super().__init__(options, UsageCount([len(prompt.ids) for prompt in prompts], n), head)
+        self._request = request
+        self._prompts = prompts
         self._names = TokenNames(served.tokenizer, as_ids=options.tokens_as_ids)
         self._begun = [False] * len(prompts) * n
         self._offsets = [0] * len(prompts) * n
-        self._head = {"id": answer_id("cmpl", options.request_id), "object": "text_completion", "created": int(time.time()), "model": name}
-        self._plain = options.params.logprobs is None and not (options.return_token_ids or options.continuous_usage or options.echo)
+        self._plain = options.params.num_logprobs is None and not (options.return_token_ids or options.continuous_usage or options.echo)
         before = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
         self._before = [before + b'%d,"text":' % index for index in range(len(self._begun))]
 
@@ -131,12 +131,6 @@ class CompletionPrinter:
             body["usage"] = self._usage.of(index)
         return frame(orjson.dumps(body))
 
-    def last(self) -> bytes:
-        """The chunk with the usage of all choices, if it was asked for."""
-        if not self._options.include_usage:
-            return b""
-        return frame(orjson.dumps({**self._head, "choices": [], "usage": self._usage.total()}))
-
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The body of an answer that is not streamed."""
         choices: list[dict[str, Any]] = []
@@ -160,9 +154,10 @@ class CompletionPrinter:
             "logprobs": None,
             "finish_reason": output.finish_reason,
         }
-        if self._options.params.logprobs is not None:
+        num_logprobs = self._options.params.num_logprobs
+        if num_logprobs is not None:
             positions = ((output.prompt_logprobs or ()) if echoed.ids else ()) + (output.logprobs or ())
-            shown = completion_logprobs(positions, echoed.ids, self._options.params.logprobs, self._names, self._offsets[index])
+            shown = completion_logprobs(positions, echoed.ids, num_logprobs, self._names, self._offsets[index])
             self._offsets[index] += sum(map(len, shown["tokens"]))
             choice["logprobs"] = shown
         if self._options.return_token_ids:

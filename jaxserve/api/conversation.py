@@ -66,14 +66,37 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]
     parallel = fields.flag("parallel_tool_calls", True)
     choice = fields.raw("tool_choice")
     if isinstance(choice, dict):
-        name = _named_tool(fields, [tool["function"]["name"] for tool in tools])
-        return tools, ToolChoice(kind="named", name=name, parallel=False)
+        named = _named_function(fields)
+        return choose_tools(tools, "named", named=named, parallel=parallel, strict=strict)
     kind = fields.text("tool_choice", "auto" if tools else "none", choices=("none", "auto", "required"))
+    if not tools and kind == "auto" and not fields.given("tools"):
+        raise fields.error("tool_choice", "needs tools, and none are given")
+    return choose_tools(tools, kind, parallel=parallel, strict=strict)
+
+
+def choose_tools(
+    tools: list[dict[str, Any]], kind: str, *, named: Fields | None = None, parallel: bool = True, strict: frozenset[str] = frozenset()
+) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+    """The tools that the prompt shall mention, None without any; and which of them may be called.
+
+    Args:
+      named: for kind "named", the object whose "name" is the tool's.
+    Raises: UserError if a tool must be called that there is not.
+    """
+    name = None if named is None else named.text("name", None)
+    if named is not None and not name:
+        raise named.error("name", "is required")
     if not tools:
-        if kind == "required" or (kind == "auto" and not fields.given("tools")):
-            raise fields.error("tool_choice", "needs tools, and none are given")
+        if kind in ("required", "named"):
+            raise UserError("tool_choice", "tool_choice needs tools, and none are given")
         return None, ToolChoice(kind="none")
     match kind:
+        case "named":
+            assert named is not None, "the caller has read a name"
+            known = [tool["function"]["name"] for tool in tools]
+            if name not in known:
+                raise named.error("name", f"is {name!r:.80}, which is none of the tools: {', '.join(known)!s:.200}")
+            return tools, ToolChoice(kind="named", name=name, parallel=False)
         case "required":
             return tools, ToolChoice(kind="required", parallel=parallel)
         case "none":
@@ -82,20 +105,15 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]
             return tools, ToolChoice(kind="auto", parallel=parallel, strict=strict)
 
 
-def _named_tool(fields: Fields, known: list[str]) -> str:
+def _named_function(fields: Fields) -> Fields:
     choice = fields.object("tool_choice")
     assert choice is not None, "the caller has seen it"
     if choice.text("type", None) != "function":
         raise choice.error("type", "must be 'function'")
     function = choice.object("function")
-    name = None if function is None else function.text("name", None)
-    if function is None or not name:
-        raise (choice if function is None else function).error("function" if function is None else "name", "is required")
-    if not known:
-        raise fields.error("tool_choice", "needs tools, and none are given")
-    if name not in known:
-        raise function.error("name", f"is {name!r:.80}, which is none of the tools: {', '.join(known)!s:.200}")
-    return name
+    if function is None:
+        raise choice.error("function", "is required")
+    return function
 
 
 def plain_text(content: str | list[dict[str, str]]) -> str:
@@ -120,7 +138,7 @@ def _message(fields: Fields) -> dict[str, Any]:
         raise fields.error("role", f"is required: one of {', '.join(ROLES)}")
     if role != "assistant" and "content" not in fields:
         raise fields.error("content", "is required")
-    message: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": _content(fields)}
+    message: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": read_content(fields)}
     for name in ("name", "tool_call_id"):
         text = fields.text(name, None, max_chars=MAX_NAME_CHARS)
         if text is not None:
@@ -131,7 +149,7 @@ def _message(fields: Fields) -> dict[str, Any]:
     calls = [_tool_call(call) for call in fields.objects("tool_calls", max_items=MAX_TOOLS)]
     legacy = fields.object("function_call")
     if legacy is not None:
-        calls.append({"type": "function", "function": _function(legacy)})
+        calls.append({"type": "function", "function": read_function(legacy)})
     if calls:
         if role != "assistant":
             raise fields.error("tool_calls", f"belongs to the assistant, not to role {role!r}")
@@ -139,23 +157,23 @@ def _message(fields: Fields) -> dict[str, Any]:
     return message
 
 
-def _content(fields: Fields) -> str | list[dict[str, str]]:
-    value = fields.raw("content")
+def read_content(fields: Fields, name: str = "content") -> str | list[dict[str, str]]:
+    """The text of a message or a tool's result: one string, or its parts."""
+    value = fields.raw(name)
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if not is_array(value):
-        raise fields.error("content", f"must be a string, null or an array of parts, not {json_type(value)}")
+        raise fields.error(name, f"must be a string, null or an array of parts, not {json_type(value)}")
     if len(value) > MAX_PARTS:
-        raise fields.error("content", f"has {len(value)} parts; at most {MAX_PARTS} are allowed")
-    return [{"type": "text", "text": _part(fields, position, part)} for position, part in enumerate(value)]
+        raise fields.error(name, f"has {len(value)} parts; at most {MAX_PARTS} are allowed")
+    return [{"type": "text", "text": _part(fields, f"{name}[{position}]", part)} for position, part in enumerate(value)]
 
 
-def _part(fields: Fields, position: int, part: Any) -> str:
+def _part(fields: Fields, path: str, part: Any) -> str:
     if isinstance(part, str):
         return part
-    path = f"content[{position}]"
     if not is_object(part):
         raise fields.error(path, f"must be an object with a type, not {json_type(part)}")
     inner = Fields(part, fields.path(path))
@@ -175,28 +193,29 @@ def _tool_call(fields: Fields) -> dict[str, Any]:
     function = fields.object("function")
     if function is None:
         raise fields.error("function", "is required")
-    call: dict[str, Any] = {"type": kind, "function": _function(function)}
+    call: dict[str, Any] = {"type": kind, "function": read_function(function)}
     call_id = fields.text("id", None, max_chars=MAX_NAME_CHARS)
     if call_id is not None:
         call["id"] = call_id
     return call
 
 
-def _function(fields: Fields) -> dict[str, Any]:
+def read_function(fields: Fields, arguments_name: str = "arguments") -> dict[str, Any]:
+    """The name and arguments of a call that the model once made."""
     name = fields.text("name", None, max_chars=MAX_NAME_CHARS)
     if not name:
         raise fields.error("name", "is required")
-    arguments = fields.raw("arguments")
+    arguments = fields.raw(arguments_name)
     if isinstance(arguments, str) and arguments.strip():
         # Templates print arguments as objects; clients send the text that the model once wrote.
         try:
             arguments = parse_object(arguments.encode("utf-8"))
         except UserError:
-            raise fields.error("arguments", "must be a string holding a JSON object") from None
+            raise fields.error(arguments_name, "must be a string holding a JSON object") from None
     elif arguments is None or isinstance(arguments, str):
         arguments = {}
     if not is_object(arguments):
-        raise fields.error("arguments", f"must be a string holding a JSON object, not {json_type(arguments)}")
+        raise fields.error(arguments_name, f"must be a string holding a JSON object, not {json_type(arguments)}")
     return {"name": name, "arguments": arguments}
 
 
@@ -206,14 +225,20 @@ def _tool(fields: Fields) -> dict[str, Any]:
     function = fields.object("function")
     if function is None:
         raise fields.error("function", "is required")
-    name = function.text("name", None, max_chars=MAX_NAME_CHARS)
-    if not name:
-        raise function.error("name", "is required")
-    function.text("description", "")
-    function.mapping("parameters", max_items=MAX_SCHEMA_MEMBERS)
-    function.flag("strict", None)
-    # As the client wrote it, since templates print it whole; but templates reach for what may be left out, and none knows strict.
+    # As the client wrote it, since templates print it whole; but none knows strict.
     given = {key: function.raw(key) for key in function if function.given(key) and key != "strict"}
-    given.setdefault("description", "")
-    given.setdefault("parameters", {"type": "object", "properties": {}})
-    return {"type": "function", "function": given}
+    return {"type": "function", "function": {**given, **read_signature(function)}}
+
+
+def read_signature(fields: Fields, schema_name: str = "parameters") -> dict[str, Any]:
+    """A tool's name, description and parameters; templates reach for the last two, which may be left out."""
+    name = fields.text("name", None, max_chars=MAX_NAME_CHARS)
+    if not name:
+        raise fields.error("name", "is required")
+    fields.flag("strict", None)
+    parameters = fields.mapping(schema_name, max_items=MAX_SCHEMA_MEMBERS)
+    return {
+        "name": name,
+        "description": fields.text("description", ""),
+        "parameters": parameters if fields.given(schema_name) else {"type": "object", "properties": {}},
+    }

@@ -1,4 +1,4 @@
-"""The one renderer of errors: whatever was raised becomes a status, headers and a body in OpenAI's shape.
+"""The one renderer of errors: whatever was raised becomes a status, headers and a body in OpenAI's shape, or in Anthropic's.
 
 Only a `UserError` carries its own text to the client, cut to a few hundred characters; every other exception gets a fixed text.
 """
@@ -20,6 +20,11 @@ MAX_PARAM_CHARS = 120
 RETRY_AFTER_S = 5
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+ANTHROPIC_PATHS = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error",
+}  # fmt: skip
 _HTTP_TEXTS = {
     404: ("there is no such path", "unknown_url"),
     405: ("this path does not take this method", "method_not_allowed"),
@@ -77,15 +82,22 @@ def error_object(error: Exception) -> dict[str, Any]:
     }
 
 
-def error_json(error: Exception) -> bytes:
-    """The body for an exception, encoded."""
-    return orjson.dumps(error_object(error))
+def error_json(error: Exception, path: str = "") -> bytes:
+    """The body for an exception, encoded; in Anthropic's shape if the path is one of theirs."""
+    return orjson.dumps(anthropic_error(error) if path.startswith(ANTHROPIC_PATHS) else error_object(error))
+
+
+def anthropic_error(error: Exception) -> dict[str, Any]:
+    """The body for an exception: {"type": "error", "error": {"type", "message"}}."""
+    status, _ = error_status(error)
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error_object(error)["error"]["message"]}}
 
 
 def error_response(request: Request, error: Exception) -> Response:
     """The whole answer for an exception, as Starlette's exception handlers return it."""
     status, headers = error_status(error)
-    return Response(error_json(error), status, headers, media_type="application/json")
+    return Response(error_json(error, request.scope["path"]), status, headers, media_type="application/json")
 
 
 async def error_response_async(request: Request, error: Exception) -> Response:

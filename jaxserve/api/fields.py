@@ -118,6 +118,14 @@ class Fields:
                 raise self._mistyped(f"{name}[{position}]", "an integer", item)
         return items
 
+    def strings(self, name: str, *, max_items: int) -> list[str]:
+        """An array of strings, empty when absent."""
+        items = self.array(name, [], max_items=max_items)
+        for position, item in enumerate(items):
+            if not isinstance(item, str):
+                raise self._mistyped(f"{name}[{position}]", "a string", item)
+        return items
+
     def objects(self, name: str, *, max_items: int) -> list[Fields]:
         """An array of objects, empty when absent."""
         items = self.array(name, [], max_items=max_items)

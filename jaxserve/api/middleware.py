@@ -47,28 +47,44 @@ class KeyCheck:
     Args:
       keys: accepted keys; with none, every request passes.
       open_paths: exact paths that need no key.
+      admin_keys: keys that admin_paths need, if there are any; they open all other paths too.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], open_paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[str], open_paths: frozenset[str], admin_keys: Sequence[str], admin_paths: frozenset[str]
+    ) -> None:
         self._app = app
+        self._admin_keys = [key.encode() for key in admin_keys]
         self._keys = [key.encode() for key in keys]
+        if self._keys:
+            self._keys += self._admin_keys
         self._open_paths = open_paths
+        self._admin_paths = admin_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "no websockets here"})
             return
-        if scope["type"] != "http" or not self._keys or scope["path"] in self._open_paths or self._has_key(scope):
+        keys = (self._admin_keys or self._keys) if scope["path"] in self._admin_paths else self._keys
+        if scope["type"] != "http" or not keys or scope["path"] in self._open_paths or _has_key(scope, keys):
             await self._app(scope, receive, send)
             return
-        error = UserError(None, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key", status=401)
+        message = "send a valid API key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+        error = UserError(None, message, code="invalid_api_key", status=401)
         await error_response(Request(scope), error)(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
-            return False
-        scheme, _, token = given[0].partition(b" ")
-        # Every key is compared, in constant time each, so that the time tells nothing about which one was close.
-        matches = [hmac.compare_digest(token.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+
+def _has_key(scope: Scope, keys: Sequence[bytes]) -> bool:
+    given: dict[bytes, list[bytes]] = {b"authorization": [], b"x-api-key": []}
+    for name, value in scope["headers"]:
+        if name in given:
+            given[name].append(value)
+    if any(len(values) > 1 for values in given.values()):
+        return False
+    tokens = [value.strip() for value in given[b"x-api-key"]]
+    for value in given[b"authorization"]:
+        scheme, _, token = value.partition(b" ")
+        tokens += [token.strip()] if scheme.lower() == b"bearer" else []
+    # Every key is compared, in constant time each, so that the time tells nothing about which one was close.
+    matches = [hmac.compare_digest(token, key) for token in tokens for key in keys]
+    return any(matches)

@@ -1,8 +1,10 @@
-"""What the server says about itself: its models, health, version and metrics."""
+"""What the server says about itself: its models, health, load, configuration and metrics."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import platform
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from jaxserve.api.answers import served_name, unavailable
+from jaxserve.api.answers import ready, served_name, unavailable
 from jaxserve.api.errors import RETRY_AFTER_S
+from jaxserve.version import VERSION
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine
+
+_LIBRARIES = ("jaxserve", "jax", "jaxlib", "flax", "transformers")
 
 
 class ModelPages:
@@ -30,7 +35,7 @@ class ModelPages:
 
     async def root(self, request: Request) -> Response:
         """A page for people and probes that ask for /."""
-        return JSONResponse({"name": "jaxserve", "version": _version(), "status": self._status(), "api": "/v1"})
+        return JSONResponse({"name": "jaxserve", "version": VERSION, "status": self._status(), "api": "/v1"})
 
     async def health(self, request: Request) -> Response:
         """200 when a request would be answered, else 503 saying what the engine does instead."""
@@ -41,12 +46,38 @@ class ModelPages:
 
     async def version(self, request: Request) -> Response:
         """The installed version."""
-        return JSONResponse({"version": _version()})
+        return JSONResponse({"version": VERSION})
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus scrapes."""
         metrics = self._engine.metrics
         return Response(metrics.render(), headers={"content-type": metrics.content_type})
+
+    async def load(self, request: Request) -> Response:
+        """How many requests have no whole answer yet."""
+        return JSONResponse({"server_load": self._engine.num_unfinished})
+
+    async def server_info(self, request: Request) -> Response:
+        """The configuration, without its keys, and the versions that tell how the server behaves."""
+        config = dataclasses.asdict(self._engine.config)
+        for secret in ("api_key", "admin_api_key"):
+            config["server"].pop(secret)
+        versions = {name: _installed(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+        return JSONResponse({"config": config, "versions": versions, "state": self._status()})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """What clients need to render and count on their own."""
+        served = ready(self._engine)
+        tokenizer = served.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": served.max_len,
+                "chat_template": served.chat.source,
+                **tokenizer.special_tokens,
+            }
+        )
 
     async def models(self, request: Request) -> Response:
         """The list of served models."""
@@ -96,8 +127,8 @@ class ModelPages:
         }
 
 
-def _version() -> str:
+def _installed(name: str) -> str:
     try:
-        return importlib.metadata.version("jaxserve")
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "0+unknown"  # run from a source tree that was never installed

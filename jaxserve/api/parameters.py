@@ -15,6 +15,8 @@ from jaxserve.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Of the error that refuses a parameter by name.
+UNSUPPORTED_CODE = "unsupported_parameter"
 # Far more than all known names together.
 MAX_FIELDS = 512
 
@@ -28,13 +30,12 @@ WITHOUT_EFFECT: Mapping[str, type] = {
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "session_id": str,
+    "spaces_between_special_tokens": bool,  # none are ever put there: text is the tokens' own bytes
 }
 
 # name -> the values besides null with which a parameter asks for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "custom_logit_processor": (),
@@ -48,26 +49,20 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "kv_transfer_params": ({},),
-    "length_penalty": (1,),
-    "logprob_token_ids": ([],),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": (),
     "regex": (),
-    "repetition_detection": (),
     "return_assistant_tokens_mask": (False,),
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
     "routed_experts_prompt_start": (0,),
-    "spaces_between_special_tokens": (True,),
     "stop_regex": (),
     "stream_interval": (1,),
     "suffix": ("",),
-    "thinking_token_budget": (-1,),
     "typical_p": (1,),
-    "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "web_search_options": (),
 }
@@ -86,12 +81,13 @@ _REASONS = {
 }
 
 
-def check_parameters(fields: Fields, known: Collection[str]) -> None:
+def check_parameters(fields: Fields, known: Collection[str], foreign: Collection[str] = ()) -> None:
     """Refuse parameters that ask for what cannot be done, and mistyped ones; note the unknown ones in the debug log.
 
     Args:
       fields: the body.
       known: names that the caller reads itself.
+      foreign: names that mean something on other routes only.
     Raises: UserError naming the parameter.
     """
     if len(fields) > MAX_FIELDS:
@@ -100,9 +96,11 @@ def check_parameters(fields: Fields, known: Collection[str]) -> None:
         if name in known or not fields.given(name):
             continue
         value = fields.raw(name)
+        if name in foreign:
+            raise fields.error(name, "is not a parameter of this route; leave it out", code=UNSUPPORTED_CODE)
         if name in UNSUPPORTED:
             if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
-                raise fields.error(name, _REASONS.get(name, "is not supported yet; leave it out"), code="unsupported_parameter")
+                raise fields.error(name, _REASONS.get(name, "is not supported yet; leave it out"), code=UNSUPPORTED_CODE)
         elif name in WITHOUT_EFFECT:
             if not isinstance(value, WITHOUT_EFFECT[name]):
                 raise fields.error(name, f"must not be {json_type(value)}")

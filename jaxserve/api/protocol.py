@@ -7,19 +7,19 @@ from typing import Any, Literal
 
 from jaxserve.api.conversation import ToolChoice, read_messages, read_tools
 from jaxserve.api.fields import Fields
-from jaxserve.api.json_door import is_array, json_type, parse_object
+from jaxserve.api.json_door import parse_object
 from jaxserve.api.parameters import check_parameters
-from jaxserve.api.structured import read_structured
-from jaxserve.api.wire import is_safe_id
+from jaxserve.api.prompts import read_cache_salt, read_prompts, read_request_id, read_truncation
+from jaxserve.api.sampling import DEFAULTED_NAMES, SAMPLING_NAMES, read_sampling
 from jaxserve.errors import UserError
-from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxserve.request import MAX_LOGPROBS, SamplingParams
 
 MAX_PROMPTS = 64
-MAX_SALT_CHARS = 128
 MAX_DOCUMENTS = 256
 MAX_TEMPLATE_KWARGS = 32
 MAX_TEMPLATE_KWARGS_CHARS = 16_384
 DEFAULT_COMPLETION_TOKENS = 16
+_LIMIT_NAMES = ("max_output_tokens", "max_completion_tokens")
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 # Names that the server itself gives to a template, or that a tokenizer would take as an argument.
@@ -32,22 +32,18 @@ _RESERVED_KWARGS = frozenset(
         "namespace", "range", "dict", "cycler", "joiner", "lipsum", "self", "loop", "caller", "varargs", "kwargs",
     }
 )  # fmt: skip
-_COMMON = frozenset(
-    {
-        "model", "stream", "stream_options", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
-        "skip_special_tokens", "max_tokens", "logprobs", "prompt_logprobs", "echo", "add_special_tokens", "response_format", "priority",
-        "cache_salt", "request_id", "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side",
-        "structured_outputs",
-    }
-)  # fmt: skip
-_CHAT = _COMMON | frozenset(
+COMMON_NAMES = SAMPLING_NAMES | {
+    "model", "stream", "stream_options", "max_tokens", "logprobs", "prompt_logprobs", "echo", "add_special_tokens", "priority",
+    "cache_salt", "request_id", "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side",
+    "use_beam_search", "length_penalty",
+}  # fmt: skip
+CHAT_NAMES = COMMON_NAMES | frozenset(
     {
         "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "add_generation_prompt", "continue_final_message",
         "chat_template_kwargs", "documents", "reasoning_effort", "parallel_tool_calls", "include_reasoning",
     }
 )  # fmt: skip
-_COMPLETION = _COMMON | {"prompt"}
+_COMPLETION = COMMON_NAMES | {"prompt"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,15 +53,22 @@ class Options:
     Args:
       model: the name the client asked for; None means the server's own choice.
       params: how to sample; max_tokens is as asked for, None for the rest of the context.
+      limit_name: what the client calls max_tokens.
       default_max_tokens: max_tokens is a default, to be cut to the room there is.
+      unset: names of sampling parameters that the client left open, so that the model's own defaults apply.
+      length_penalty: of a beam search with n beams; None samples.
       truncate_prompt_tokens: keep at most so many prompt tokens; -1 as many as fit; None keeps all.
+      request_id: the client's own, or a fresh one.
       truncation_side: the end from which tokens are cut.
       tokens_as_ids: show tokens as "token_id:N" in log-probabilities.
     """
 
     model: str | None
     params: SamplingParams
+    limit_name: str
     default_max_tokens: bool
+    unset: frozenset[str]
+    length_penalty: float | None
     stream: bool
     include_usage: bool
     continuous_usage: bool
@@ -75,14 +78,18 @@ class Options:
     truncation_side: Literal["left", "right"]
     priority: int
     cache_salt: str | None
-    request_id: str | None
+    request_id: str
     return_token_ids: bool
     tokens_as_ids: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """A conversation and how the chat template shall print it."""
+    """A conversation and how the chat template shall print it.
+
+    Args:
+      field: the member of the body that holds it.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -90,6 +97,7 @@ class Rendering:
     add_generation_prompt: bool
     continue_final_message: bool
     kwargs: dict[str, Any]
+    field: str = "messages"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +128,12 @@ class CompletionRequest:
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises: UserError naming the field at fault."""
-    fields = Fields(parse_object(body))
-    check_parameters(fields, _CHAT)
+    return read_chat(Fields(parse_object(body)))
+
+
+def read_chat(fields: Fields) -> ChatRequest:
+    """Read a chat request that has been parsed. Raises: UserError naming the field at fault."""
+    check_parameters(fields, CHAT_NAMES)
     rendering = read_rendering(fields)
     wanted = fields.flag("logprobs", False)
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_LOGPROBS)
@@ -132,16 +144,20 @@ def decode_chat(body: bytes) -> ChatRequest:
     fields.integer("max_tokens", None, low=1, high=2**31 - 1)
     echo = fields.flag("echo", False)
     prompt_logprobs = fields.integer("prompt_logprobs", None, low=0, high=MAX_LOGPROBS)
-    params = _sampling(fields, max_tokens=limit, logprobs=top if wanted else None, prompt_logprobs=prompt_logprobs)
-    options = _options(fields, params=params, default_max_tokens=False, echo=echo, add_special_tokens=False)
+    params = read_sampling(fields, max_tokens=limit, logprobs=top if wanted else None, prompt_logprobs=prompt_logprobs)
+    options = read_options(fields, params=params, default_max_tokens=False, echo=echo, add_special_tokens=False)
     return ChatRequest(options=options, rendering=rendering, include_reasoning=fields.flag("include_reasoning", True))
 
 
 def decode_completion(body: bytes, *, vocab_size: int, max_len: int) -> CompletionRequest:
     """Read a completion request; prompt token ids must be below `vocab_size`. Raises: UserError naming the field at fault."""
-    fields = Fields(parse_object(body))
+    return read_completion(Fields(parse_object(body)), vocab_size=vocab_size, max_len=max_len)
+
+
+def read_completion(fields: Fields, *, vocab_size: int, max_len: int) -> CompletionRequest:
+    """Read a completion request that has been parsed. Raises: UserError naming the field at fault."""
     check_parameters(fields, _COMPLETION)
-    prompts = _prompts(fields, vocab_size, max_len)
+    prompts = read_prompts(fields, "prompt", max_items=MAX_PROMPTS, vocab_size=vocab_size, max_len=max_len)
     default = "max_tokens" not in fields
     limit = DEFAULT_COMPLETION_TOKENS if default else fields.integer("max_tokens", None, low=0, high=2**31 - 1)
     echo = fields.flag("echo", False)
@@ -149,8 +165,10 @@ def decode_completion(body: bytes, *, vocab_size: int, max_len: int) -> Completi
         raise fields.error("max_tokens", "is 0; it must be at least 1, except with echo")
     logprobs = fields.integer("logprobs", None, low=0, high=MAX_LOGPROBS)
     prompt_logprobs = fields.integer("prompt_logprobs", None, low=0, high=MAX_LOGPROBS)
-    params = _sampling(fields, max_tokens=limit or (1 if limit == 0 else None), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    options = _options(fields, params=params, default_max_tokens=default, echo=echo, add_special_tokens=True)
+    params = read_sampling(fields, max_tokens=limit or (1 if limit == 0 else None), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    if echo and params.logprob_token_ids:
+        raise fields.error("logprob_token_ids", "and echo cannot both be given")
+    options = read_options(fields, params=params, default_max_tokens=default, echo=echo, add_special_tokens=True)
     return CompletionRequest(options=options, prompts=prompts, score_only=limit == 0)
 
 
@@ -163,15 +181,10 @@ def read_rendering(fields: Fields) -> Rendering:
         raise fields.error("continue_final_message", "and add_generation_prompt cannot both be true")
     if go_on and messages[-1]["role"] != "assistant":
         raise fields.error("continue_final_message", "needs a last message of the assistant to continue")
-    kwargs = fields.mapping("chat_template_kwargs", max_items=MAX_TEMPLATE_KWARGS)
-    for name in kwargs:
-        if not name.isidentifier() or name.startswith("_") or name in _RESERVED_KWARGS:
-            raise UserError("chat_template_kwargs", f"chat_template_kwargs may not set {name!r:.60}; only variables of the template itself")
-    if len(str(kwargs)) > MAX_TEMPLATE_KWARGS_CHARS:
-        raise fields.error("chat_template_kwargs", f"is too large; at most {MAX_TEMPLATE_KWARGS_CHARS} characters are allowed")
+    kwargs = read_template_kwargs(fields)
     effort = fields.text("reasoning_effort", None, choices=REASONING_EFFORTS)
     if effort is not None:
-        kwargs.setdefault("reasoning_effort", effort)
+        kwargs = effort_kwargs(effort) | kwargs
     documents = fields.objects("documents", max_items=MAX_DOCUMENTS)
     if documents:
         kwargs["documents"] = fields.raw("documents")
@@ -180,85 +193,48 @@ def read_rendering(fields: Fields) -> Rendering:
     )
 
 
-def _options(fields: Fields, *, params: SamplingParams, default_max_tokens: bool, echo: bool, add_special_tokens: bool) -> Options:
+def read_template_kwargs(fields: Fields) -> dict[str, Any]:
+    """Further variables for the chat template."""
+    kwargs = fields.mapping("chat_template_kwargs", max_items=MAX_TEMPLATE_KWARGS)
+    for name in kwargs:
+        if not name.isidentifier() or name.startswith("_") or name in _RESERVED_KWARGS:
+            raise UserError("chat_template_kwargs", f"chat_template_kwargs may not set {name!r:.60}; only variables of the template itself")
+    if len(str(kwargs)) > MAX_TEMPLATE_KWARGS_CHARS:
+        raise fields.error("chat_template_kwargs", f"is too large; at most {MAX_TEMPLATE_KWARGS_CHARS} characters are allowed")
+    return kwargs
+
+
+def effort_kwargs(effort: str) -> dict[str, Any]:
+    """How templates are told how much to think; some only know whether to, which they are told as in vLLM."""
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+
+
+def read_options(fields: Fields, *, params: SamplingParams, default_max_tokens: bool, echo: bool, add_special_tokens: bool) -> Options:
+    """What a body says besides its prompt and its sampling."""
     stream = fields.flag("stream", False)
     include_usage, continuous_usage = _stream_options(fields, stream)
     if stream and params.prompt_logprobs is not None:
         raise fields.error("prompt_logprobs", "is not available with stream=true")
-    request_id = fields.text("request_id", None)
-    if request_id is not None and not is_safe_id(request_id):
-        raise fields.error("request_id", "must be 1 to 64 letters, digits, '.', '_', ':' or '-'")
-    truncate = fields.integer("truncate_prompt_tokens", None, low=-1, high=2**31 - 1)
-    if truncate == 0:
-        raise fields.error("truncate_prompt_tokens", "is 0; it must be -1 or at least 1")
     return Options(
         model=fields.text("model", None),
         params=params,
+        limit_name=next((name for name in _LIMIT_NAMES if fields.given(name)), "max_tokens"),
         default_max_tokens=default_max_tokens,
+        unset=frozenset(name for name in DEFAULTED_NAMES if not fields.given(name)),
+        length_penalty=_length_penalty(fields),
         stream=stream,
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         echo=echo,
         add_special_tokens=fields.flag("add_special_tokens", add_special_tokens),
-        truncate_prompt_tokens=truncate,
+        truncate_prompt_tokens=read_truncation(fields),
         truncation_side="right" if fields.text("truncation_side", "left", choices=("left", "right")) == "right" else "left",
         priority=fields.integer("priority", 0, low=-(2**31), high=2**31 - 1),
-        cache_salt=_cache_salt(fields),
-        request_id=request_id,
+        cache_salt=read_cache_salt(fields),
+        request_id=read_request_id(fields),
         return_token_ids=fields.flag("return_token_ids", False),
         tokens_as_ids=fields.flag("return_tokens_as_token_ids", False),
     )
-
-
-def _sampling(fields: Fields, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=fields.number("temperature", 1.0, low=0, high=2),
-        top_k=fields.integer("top_k", 0, low=-1, high=2**31 - 1),
-        top_p=fields.number("top_p", 1.0),
-        min_p=fields.number("min_p", 0.0),
-        presence_penalty=fields.number("presence_penalty", 0.0),
-        frequency_penalty=fields.number("frequency_penalty", 0.0),
-        repetition_penalty=fields.number("repetition_penalty", 1.0),
-        logit_bias=_logit_bias(fields),
-        min_tokens=fields.integer("min_tokens", 0, low=0, high=2**31 - 1),
-        seed=fields.integer("seed", None),
-        n=fields.integer("n", 1),
-        stop=_stop(fields),
-        stop_token_ids=fields.integers("stop_token_ids", max_items=MAX_STOP_TOKEN_IDS),
-        include_stop_str_in_output=fields.flag("include_stop_str_in_output", False),
-        ignore_eos=fields.flag("ignore_eos", False),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        skip_special_tokens=fields.flag("skip_special_tokens", True),
-        structured_outputs=read_structured(fields),
-    )
-
-
-def _logit_bias(fields: Fields) -> dict[int, float] | None:
-    bias = fields.object("logit_bias")
-    if bias is None:
-        return None
-    values: dict[int, float] = {}
-    for key in fields.mapping("logit_bias", max_items=MAX_LOGIT_BIAS):
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise UserError("logit_bias", f"logit_bias has the key {key!r:.40}; keys must be token ids")
-        value = bias.number(key, None)
-        if value is None:
-            raise UserError("logit_bias", f"logit_bias[{key}] must be a number, not null")
-        values[int(key)] = value
-    return values or None
-
-
-def _stop(fields: Fields) -> list[str]:
-    value = fields.raw("stop")
-    if isinstance(value, str):
-        return [value]
-    items = fields.array("stop", [], max_items=MAX_STOP_STRINGS)
-    for position, item in enumerate(items):
-        if not isinstance(item, str):
-            raise fields.error(f"stop[{position}]", f"must be a string, not {json_type(item)}")
-    return items
 
 
 def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
@@ -272,45 +248,10 @@ def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
     return include_usage, options.flag("continuous_usage_stats", False) and include_usage
 
 
-def _cache_salt(fields: Fields) -> str | None:
-    salt = fields.text("cache_salt", None, max_chars=MAX_SALT_CHARS)
-    if salt == "":
-        raise fields.error("cache_salt", "must not be empty")
-    return salt
-
-
-def _prompts(fields: Fields, vocab_size: int, max_len: int) -> list[str] | list[list[int]]:
-    value = fields.raw("prompt")
-    if value is None:
-        raise fields.error("prompt", "is required")
-    if isinstance(value, str):
-        return [value]
-    if not is_array(value):
-        raise fields.error("prompt", f"must be a string, an array of strings, token ids or arrays of token ids, not {json_type(value)}")
-    if not value:
-        raise fields.error("prompt", "must not be empty")
-    if isinstance(value[0], int) and not isinstance(value[0], bool):
-        return [_token_ids(fields, "prompt", value, vocab_size, max_len)]
-    prompts = fields.array("prompt", [], max_items=MAX_PROMPTS)
-    if isinstance(value[0], str):
-        for position, item in enumerate(prompts):
-            if not isinstance(item, str):
-                raise fields.error(f"prompt[{position}]", f"must be a string like the first one, not {json_type(item)}")
-        return prompts
-    return [_token_ids(fields, f"prompt[{position}]", item, vocab_size, max_len) for position, item in enumerate(prompts)]
-
-
-def _token_ids(fields: Fields, name: str, items: Any, vocab_size: int, max_len: int) -> list[int]:
-    if not is_array(items):
-        raise fields.error(name, f"must be an array of token ids, not {json_type(items)}")
-    if not items:
-        raise fields.error(name, "must hold at least one token id")
-    if len(items) > 16 * max_len:
-        message = f"has {len(items)} tokens, but the model's context holds {max_len}"
-        raise UserError("prompt", f"{name} {message}", code="context_length_exceeded")
-    for position, item in enumerate(items):
-        if type(item) is not int:
-            raise fields.error(f"{name}[{position}]", f"must be an integer, not {json_type(item)}")
-        if not 0 <= item < vocab_size:
-            raise fields.error(f"{name}[{position}]", f"is {item}, which is outside the vocabulary of {vocab_size} tokens")
-    return items
+def _length_penalty(fields: Fields) -> float | None:
+    penalty = fields.number("length_penalty", 1.0, low=-10, high=10)
+    if fields.flag("use_beam_search", False):
+        return penalty
+    if penalty != 1:
+        raise fields.error("length_penalty", "needs use_beam_search")
+    return None

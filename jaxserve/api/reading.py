@@ -1,8 +1,8 @@
-"""How the answers to one chat request are read: which formats to look for, what that asks of the engine, and the parts as OpenAI's deltas.
+"""How the answers to one conversation are read: which formats to look for, what that asks of the engine, and the parts that are found.
 
 1. `plan_reading` decides once per request, from the server's options, the chat template, the tools and the end of the prompt.
 2. `Reading.params` adds to the sampling parameters what reading needs: visible markers, and a form where a call must come.
-3. Each choice has an `AnswerReader`, which turns its text into deltas, or into a whole message.
+3. Each answer has an `AnswerReader`, which turns its text into the parts that the routes print in their own shapes.
 """
 
 from __future__ import annotations
@@ -110,62 +110,52 @@ def plan_reading(server: ServerConfig, served: ServedModel, request: ChatRequest
 
 
 class AnswerReader:
-    """Reads one choice; either `deltas` of its outputs, or the `message` of all of it."""
+    """Reads one answer.
 
-    def __init__(self, reading: Reading) -> None:
+    Args:
+      reading: None if all of it is content.
+      call_prefix: what the ids of calls begin with where the model gives none.
+    """
+
+    def __init__(self, reading: Reading | None, *, call_prefix: str) -> None:
         self._reading = reading
-        self._splitter = make_splitter(reading.reasoning, reading.tools, reading.schemas, inside=reading.inside)
+        self._splitter = (
+            None if reading is None else make_splitter(reading.reasoning, reading.tools, reading.schemas, inside=reading.inside)
+        )
+        self._call_prefix = call_prefix
         self._ids: set[str] = set()
 
-    def deltas(self, output: RequestOutput) -> list[dict[str, Any]]:
-        """What became certain with an output, each as the delta of a chunk."""
+    def parts(self, output: RequestOutput) -> list[Part]:
+        """What became certain with an output, as far as the client shall see it; calls have ids."""
+        if self._splitter is None:
+            return [Content(output.text)] if output.text else []
         parts = self._splitter.push(output.text)
         if output.finish_reason is not None:
             # A stop string is the client's, and stops the model within a call as much as a limit does.
             parts += self._splitter.finish(cut=output.finish_reason != "stop" or isinstance(output.stop_reason, str))
-        return [delta for part in parts if (delta := self._delta(part)) is not None]
+        return [shown for part in parts if (shown := self._shown(part)) is not None]
 
     def finish_reason(self, reason: FinishReason | None) -> str | None:
         """The reason to show: the model that called tools of its own choice stopped for them."""
-        return "tool_calls" if reason == "stop" and self._ids and self._reading.choice.kind != "named" else reason
+        by_itself = self._reading is not None and self._reading.choice.kind != "named"
+        return "tool_calls" if reason == "stop" and self._ids and by_itself else reason
 
-    def message(self, output: RequestOutput, echo: str) -> dict[str, Any]:
-        """The whole message; content is null where there is none."""
-        content, reasoning = [echo], ""
-        calls: list[dict[str, Any]] = []
-        for delta in self.deltas(output):
-            content.append(delta.get("content", ""))
-            reasoning += delta.get("reasoning", "")
-            for piece in delta.get("tool_calls", ()):
-                if "id" in piece:
-                    calls.append({name: piece[name] for name in ("id", "type", "function")})
-                else:
-                    calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
-        text = "".join(content)
-        is_empty = not text and bool(calls or reasoning)
-        message: dict[str, Any] = {"role": "assistant", "content": None if is_empty else text, "refusal": None}
-        if reasoning:
-            message |= {"reasoning": reasoning, "reasoning_content": reasoning}
-        return message | {"tool_calls": calls} if calls else message
-
-    def _delta(self, part: Part) -> dict[str, Any] | None:
+    def _shown(self, part: Part) -> Part | None:
+        assert self._reading is not None, "without it nothing is split"
         match part:
-            case Content(text):
-                return {"content": text}
-            case Reasoning(text):
-                return {"reasoning": text, "reasoning_content": text} if self._reading.include_reasoning else None
+            case Reasoning() if not self._reading.include_reasoning:
+                return None
             case CallStart(index) | CallArguments(index) if index > 0 and not self._reading.choice.parallel:
                 return None
             case CallStart(index, name, call_id):
-                function = {"name": name, "arguments": ""}
-                return {"tool_calls": [{"index": index, "id": self._new_id(call_id), "type": "function", "function": function}]}
-            case CallArguments(index, text):
-                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+                return CallStart(index, name, self._new_id(call_id))
+            case _:
+                return part
 
     def _new_id(self, given: str | None) -> str:
-        tools = self._reading.tools
+        tools = self._reading.tools if self._reading is not None else None
         fresh = uuid.uuid4().hex
-        made = fresh[:_SHORT_ID_CHARS] if tools is not None and tools.ids == "short" else f"chatcmpl-tool-{fresh}"
+        made = fresh[:_SHORT_ID_CHARS] if tools is not None and tools.ids == "short" else self._call_prefix + fresh
         call_id = given if given and given not in self._ids else made
         self._ids.add(call_id)
         return call_id

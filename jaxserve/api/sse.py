@@ -2,7 +2,7 @@
 
 1. Nothing is sent before the first text, so that an error known by then is still an HTTP status.
 2. Text goes out as it comes; tokens without text wait for the next text or the end.
-3. An error later is an event with the error object. `[DONE]` ends every stream.
+3. An error later is an event, and the last one.
 4. A reader who takes nothing for `write_timeout_s` loses the stream; until then outputs merge and the engine goes on.
 """
 
@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import orjson
 from starlette.types import Send
 
 from jaxserve.api.answers import Running
-from jaxserve.api.errors import GenerationError, error_json
+from jaxserve.api.errors import GenerationError
 from jaxserve.api.logprobs import is_heavy
 from jaxserve.api.wire import off_loop
 from jaxserve.errors import EngineUnavailableError
@@ -39,6 +40,11 @@ HEADERS = (
 class Chunks(Protocol):
     """Prints the outputs of an answer as events."""
 
+    @property
+    def ends_heavily(self) -> bool:
+        """Whether the last events take long to make."""
+        ...
+
     def outputs(self, running: Running, stream: OutputStream) -> AsyncIterator[RequestOutput]:
         """The outputs of one request that shall be printed."""
         ...
@@ -48,13 +54,22 @@ class Chunks(Protocol):
         ...
 
     def last(self) -> bytes:
-        """The events after all choices have ended, usage if it was asked for."""
+        """The events after all choices have ended."""
+        ...
+
+    def failed(self, error: Exception) -> bytes:
+        """The events that end a stream in which something went wrong."""
         ...
 
 
 def frame(data: bytes) -> bytes:
     """One event."""
     return b"data: " + data + b"\n\n"
+
+
+def named_frame(event: Mapping[str, Any]) -> bytes:
+    """One event that is named after its type, as in the streams of /v1/responses and /v1/messages."""
+    return b"event: " + event["type"].encode() + b"\n" + frame(orjson.dumps(event))
 
 
 class EventStream:
@@ -89,8 +104,8 @@ class EventStream:
         self._waiting_since = None
 
     async def end(self, events: bytes) -> None:
-        """Send the last events and the mark that ends every stream."""
-        await self.write(events + b"data: [DONE]\n\n")
+        """Send the last events."""
+        await self.write(events)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _check_reader(self) -> None:
@@ -114,9 +129,9 @@ async def stream_answer(send: Send, running: Running, chunks: Chunks, *, write_t
                 raise
             if not isinstance(error, GenerationError | EngineUnavailableError):
                 logger.exception("stream failed")
-            await events.end(frame(error_json(error)))
+            await events.end(chunks.failed(error))
         else:
-            await events.end(chunks.last())
+            await events.end(await off_loop(chunks.ends_heavily, chunks.last))
 
 
 async def _carry_all(events: EventStream, running: Running, chunks: Chunks) -> None:

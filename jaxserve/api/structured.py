@@ -14,15 +14,26 @@ _FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 
 def read_structured(fields: Fields) -> StructuredOutputs | None:
     """The constraint of a body, if it has one. Raises: UserError naming the field at fault."""
-    wanted = _response_format(fields)
+    wanted = _response_format(fields.object("response_format"))
     given = _structured_outputs(fields)
     if wanted is not None and given is not None:
         raise fields.error("structured_outputs", f"and a response_format of type {wanted[0]!r} cannot both be given")
     return given if wanted is None else wanted[1]
 
 
-def _response_format(fields: Fields) -> tuple[str, StructuredOutputs] | None:
-    wanted = fields.object("response_format")
+def read_flat_format(wanted: Fields | None, source: str, *, has_name: bool) -> StructuredOutputs | None:
+    """The same where a schema stands beside the type: text.format of /v1/responses, output_config.format of /v1/messages."""
+    kind = None if wanted is None else wanted.text("type", None, choices=_FORMATS[:3])
+    if wanted is None or kind == "text":
+        return None
+    if kind is None:
+        raise wanted.error("type", "is required")
+    if kind == "json_object":
+        return StructuredOutputs(json_object=True, source=source)
+    return StructuredOutputs(json=_schema(wanted, has_name=has_name), source=source)
+
+
+def _response_format(wanted: Fields | None) -> tuple[str, StructuredOutputs] | None:
     if wanted is None:
         return None
     kind = wanted.text("type", None, choices=_FORMATS)
@@ -32,19 +43,19 @@ def _response_format(fields: Fields) -> tuple[str, StructuredOutputs] | None:
         case "json_object":
             return kind, StructuredOutputs(json_object=True, source="response_format")
         case "json_schema":
-            return kind, StructuredOutputs(json=_schema(wanted), source="response_format")
+            inner = wanted.object("json_schema")
+            if inner is None:
+                raise wanted.error("json_schema", "is required")
+            return kind, StructuredOutputs(json=_schema(inner, has_name=True), source="response_format")
         case "structural_tag":
             return kind, StructuredOutputs(structural_tag={name: wanted.raw(name) for name in wanted}, source="response_format")
         case _:
             return None
 
 
-def _schema(wanted: Fields) -> dict[str, Any] | bool:
+def _schema(inner: Fields, *, has_name: bool) -> dict[str, Any] | bool:
     """The schema of a json_schema format; it is enforced whether it says "strict" or not."""
-    inner = wanted.object("json_schema")
-    if inner is None:
-        raise wanted.error("json_schema", "is required")
-    if inner.text("name", None) is None:
+    if inner.text("name", None) is None and has_name:
         raise inner.error("name", "is required")
     inner.text("description", None)
     inner.flag("strict", None)

@@ -54,14 +54,14 @@ async def read_json_body(scope: Scope, receive: Receive, send: Send, *, max_byte
     except ValueError:
         raise UserError(None, "the content-length header is not a number") from None
     if length > max_bytes:
-        return await _refuse(receive, send, _too_large(max_bytes), timeout_s)
+        return await _refuse(scope, receive, send, _too_large(max_bytes), timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
             body = await _read(receive, max_bytes)
     except TimeoutError:
         slow = UserError(None, f"the body did not arrive within {timeout_s:g} s", code="request_timeout", status=408)
-        return await _refuse(receive, send, slow, 0.0)
-    return body if body is not None else await _refuse(receive, send, _too_large(max_bytes), timeout_s)
+        return await _refuse(scope, receive, send, slow, 0.0)
+    return body if body is not None else await _refuse(scope, receive, send, _too_large(max_bytes), timeout_s)
 
 
 async def send_json(send: Send, payload: Any, *, status: int = 200) -> None:
@@ -102,9 +102,9 @@ async def _read(receive: Receive, max_bytes: int) -> bytes | None:
             return bytes(body)
 
 
-async def _refuse(receive: Receive, send: Send, error: UserError, linger_s: float) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, error: UserError, linger_s: float) -> None:
     # Closing while the client still writes would reset the connection, and the answer could be lost with it.
-    body = error_json(error)
+    body = error_json(error, scope["path"])
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -11,9 +11,10 @@ import dataclasses
 import json
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
+import pydantic
 import pytest
 
 from jaxserve.api.app import create_app
@@ -32,12 +33,19 @@ class ByteTokenizer:
 
     vocab_size = VOCAB
     special_ids = frozenset({BOS, EOS})
+    special_tokens: ClassVar[dict[str, str]] = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(self._pieces(ids, skip_special_tokens))
+
+    strips_space = False
+
+    def byte_table(self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> list[bytes]:
+        hidden = self.special_ids - shown if skip_special_tokens else frozenset()
+        return [b"" if token in hidden else self.token_bytes(token) for token in range(VOCAB)]
 
     def token_text(self, token: int) -> str:
         return {BOS: "<bos>", EOS: "<eos>"}.get(token) or bytes([token % 256]).decode(errors="replace")
@@ -73,6 +81,7 @@ class ScriptedStream:
 
     def __init__(self, request_id: str, engine: ScriptedEngine, prompt: list[int], params: SamplingParams) -> None:
         self.id, self.prompt, self.params = request_id, prompt, params
+        self.name: str | None = None
         self._engine = engine
         self._arrived = asyncio.Event()
         self._output: RequestOutput | None = None
@@ -131,7 +140,7 @@ class ScriptedStream:
                 id=self.id,
                 text=text,
                 token_ids=(token,),
-                logprobs=None if self.params.logprobs is None else (fake_logprob(token, self.params.logprobs),),
+                logprobs=None if self.params.num_logprobs is None else (self._logprobs(token, self.params.num_logprobs),),
                 prompt_logprobs=self._prompt_logprobs() if first else None,
                 finish_reason=reason,
                 stop_reason=stop,
@@ -150,6 +159,11 @@ class ScriptedStream:
             if self._text.endswith(stop):
                 return "stop", stop
         return ("length", None) if self._sampled == self.params.max_tokens else (None, None)
+
+    def _logprobs(self, token: int, num_top: int) -> TokenLogprobs:
+        if self._engine.tops is None:
+            return fake_logprob(token, num_top)
+        return TokenLogprobs(token_id=token, logprob=-0.5, rank=2, top=tuple(self._engine.tops(self.prompt)[:num_top]))
 
     def _prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
         if self.params.prompt_logprobs is None:
@@ -188,12 +202,14 @@ class ScriptedEngine:
         self.chat = PlainChat()
         self.served: Any = types.SimpleNamespace(
             tokenizer=ByteTokenizer(), chat=self.chat, max_len=MAX_LEN, vocab_size=VOCAB, eos_ids=frozenset({EOS}),
-            grammars=ScriptedGrammars(),
+            grammars=ScriptedGrammars(), pooling=None, defaults={}, refused={},
         )  # fmt: skip
         self.live: dict[str, ScriptedStream] = {}
         self.submitted: list[ScriptedStream] = []
         self.calls: list[dict[str, Any]] = []
         self.aborted: list[str] = []
+        self.told: list[Any] = []  # by an operator
+        self.tops: Callable[[list[int]], Sequence[tuple[int, float]]] | None = None  # what may come next, instead of fake_logprob
         self.replies: list[str] = []  # what the requests are answered with, in turn, instead of their prompts
         self.hold = False
         self.cached = 3
@@ -220,6 +236,37 @@ class ScriptedEngine:
         if not self.hold:
             asyncio.get_running_loop().call_soon(self._go_on, stream)
         return stream
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.live)
+
+    @property
+    def is_paused(self) -> bool:
+        return "paused" in self.told
+
+    def cut_short(self, names: Any) -> int:
+        chosen = [stream for stream in self.live.values() if names is None or {stream.id, stream.name} & set(names)]
+        for stream in chosen:
+            stream.end("abort")
+        return len(chosen)
+
+    async def pause(self, mode: str, *, clear_cache: bool) -> bool:
+        self.told = ["paused", mode, clear_cache]
+        return mode != "wait"
+
+    async def resume(self) -> None:
+        self.told = []
+
+    async def reset_prefix_cache(self, *, preempt: bool) -> bool:
+        return preempt
+
+    async def start_profile(self) -> None:
+        self.told = ["profiling"]
+
+    async def stop_profile(self) -> None:
+        if self.told != ["profiling"]:
+            raise UserError(None, "no profile is under way", status=409)
 
     def step(self) -> None:
         """One token for every live stream."""
@@ -314,6 +361,17 @@ def events(response_body: bytes) -> list[dict[str, Any]]:
     assert frames.pop() == "data: [DONE]"
     assert all(one.startswith("data: ") and "\n" not in one for one in frames)
     return [json.loads(one.removeprefix("data: ")) for one in frames]
+
+
+def check_extras(model: Any, allowed: frozenset[str] = frozenset(), path: str = "") -> None:
+    """Nothing in a client's model, or in the models within, that its type does not know."""
+    if isinstance(model, pydantic.BaseModel):
+        assert not set(model.model_extra or {}) - allowed, f"{path}: {model.model_extra}"
+        for name in type(model).model_fields:
+            check_extras(getattr(model, name), allowed, f"{path}.{name}")
+    elif isinstance(model, list):
+        for item in model:
+            check_extras(item, allowed, f"{path}[]")
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

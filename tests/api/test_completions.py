@@ -116,3 +116,17 @@ def test_neutral_values_of_unsupported_parameters_are_fine(client: Client) -> No
         "a", best_of=1, suffix=None, use_beam_search=False, length_penalty=1.0, response_format={"type": "text"}, guided_json=None
     )
     assert response.status_code == 200
+
+
+def test_chosen_tokens_come_instead_of_the_likeliest(client: Client) -> None:
+    client.engine.tops = lambda prompt: [(98, -2.0), (100, -3.0)]
+    ids = {"logprob_token_ids": [98, 100], "max_tokens": 1, "temperature": 0}
+    shown = client.complete("a", logprobs=0, **ids).json()["choices"][0]["logprobs"]
+    assert shown["top_logprobs"] == [{"b": -2.0, "d": -3.0, "a": -0.5}]
+    (position,) = client.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "logprobs": True, **ids}).json()[
+        "choices"
+    ][0]["logprobs"]["content"]
+    assert [(entry["token"], entry["logprob"]) for entry in position["top_logprobs"]] == [("b", -2.0), ("d", -3.0)]
+    assert client.engine.calls[-1]["params"].logprob_token_ids == (98, 100)
+    assert client.complete("a", echo=True, logprobs=0, **ids).status_code == 400
+    assert client.complete("a", **ids).json()["error"]["param"] == "logprob_token_ids"

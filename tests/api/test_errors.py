@@ -35,11 +35,14 @@ COMMON: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}), ("stream_options", 5), ("response_format", {"type": "json"}),
     ("response_format", "json"),
     ("response_format", {"type": "json_schema", "json_schema": {}}), ("chat_template", "{{ x }}"), ("best_of", 2), ("suffix", "end"),
-    ("use_beam_search", True), ("length_penalty", 0.5), ("structured_outputs", {"regex": "a", "json_object": True}),
+    ("use_beam_search", "yes"), ("length_penalty", 0.5), ("length_penalty", "x"),
+    ("structured_outputs", {"regex": "a", "json_object": True}),
     ("guided_json", {}), ("guided_regex", "a+"),
-    ("allowed_token_ids", [1]), ("bad_words", ["x"]), ("logprob_token_ids", [10**12]), ("prompt_embeds", "gAAA"),
+    ("allowed_token_ids", []), ("allowed_token_ids", [259]), ("allowed_token_ids", ["a"]), ("bad_words", "x"), ("bad_words", [""]),
+    ("bad_words", [5]), ("bad_words", ["x"] * 129), ("bad_words", ["x" * 2000]), ("logprob_token_ids", [10**12]),
+    ("logprob_token_ids", [1] * 129), ("repetition_detection", 5), ("prompt_embeds", "gAAA"),
     ("kv_transfer_params", {"a": 1}),
-    ("vllm_xargs", {"a": 1}), ("mm_processor_kwargs", {"a": 1}), ("thinking_token_budget", 5), ("spaces_between_special_tokens", False),
+    ("vllm_xargs", {"a": 1}), ("mm_processor_kwargs", {"a": 1}), ("thinking_token_budget", -2), ("spaces_between_special_tokens", 0),
     ("user", {"a": 1}), ("metadata", "x"), ("store", "yes"), ("echo", "x"), ("add_special_tokens", 0), ("return_tokens_as_token_ids", "x"),
 ]  # fmt: skip
 CHAT_ONLY: list[tuple[str, Any]] = [

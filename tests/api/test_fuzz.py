@@ -35,21 +35,52 @@ NAMES = [
     "tools",
     "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "documents", "reasoning_effort", "prompt",
     "tokens",
+    "input", "instructions", "include", "reasoning", "text", "previous_response_id", "background", "max_output_tokens", "truncation",
+    "system", "stop_sequences", "thinking", "output_config",
     "return_token_strs", "something_unknown", *UNSUPPORTED, *WITHOUT_EFFECT,
 ]  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
     "/v1/completions": {"prompt": "ab", "max_tokens": 3},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
     "/tokenize": {"prompt": "ab"},
     "/detokenize": {"tokens": [97]},
 }
+# What conversations are told in, rightly and wrongly put together.
+TEXTS = st.sampled_from(["", "a", "{}", '{"a": 1}', "c1"]) | JSON
+KINDS = (
+    "message", "reasoning", "function_call", "function_call_output", "item_reference", "text", "input_text", "output_text", "tool_use",
+    "tool_result", "thinking", "image",
+)  # fmt: skip
+MEMBERS = (
+    "id", "call_id", "tool_use_id", "name", "arguments", "input", "output", "text", "thinking", "summary", "encrypted_content", "status",
+    "is_error",
+)  # fmt: skip
+PARTS = st.fixed_dictionaries({"type": st.sampled_from(KINDS)}, optional=dict.fromkeys(MEMBERS, TEXTS))
+CONTENT = TEXTS | st.lists(PARTS | JSON, max_size=3)
+ITEMS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(KINDS),
+            "role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
+            "content": CONTENT,
+            **dict.fromkeys(MEMBERS, CONTENT),
+        },
+    ),
+    max_size=4,
+)
 SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check(client: Any, error_of: Any, path: str, body: bytes) -> None:
     response = client.request("POST", path, content=body, headers={"content-type": "application/json"})
     assert response.status_code in (200, 400, 404), response.text
-    if response.status_code != 200:
+    if response.status_code != 200 and path.startswith("/v1/messages"):
+        assert response.json()["type"] == "error"
+    elif response.status_code != 200:
         error_of(response)
     assert client.engine.live == {}
 
@@ -59,6 +90,13 @@ def check(client: Any, error_of: Any, path: str, body: bytes) -> None:
 @given(changes=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
 def test_any_values_of_any_fields_are_answered(client: Any, error_of: Any, path: str, changes: dict[str, Any]) -> None:
     check(client, error_of, path, json.dumps({**GOOD[path], **changes}).encode())
+
+
+@pytest.mark.parametrize(("path", "name"), [("/v1/responses", "input"), ("/v1/messages", "messages"), ("/v1/chat/completions", "messages")])
+@SLOW
+@given(items=ITEMS)
+def test_any_conversation_is_answered(client: Any, error_of: Any, path: str, name: str, items: list[Any]) -> None:
+    check(client, error_of, path, json.dumps({**GOOD[path], name: items}).encode())
 
 
 @pytest.mark.parametrize("path", GOOD)

@@ -54,6 +54,13 @@ def test_every_key_opens(guarded: Client, key: str) -> None:
     assert guarded.request("POST", "/v1/completions", json={"prompt": "a"}, headers=headers).status_code == 200
 
 
+def test_key_may_come_as_anthropics_clients_send_it(guarded: Client) -> None:
+    assert guarded.get("/v1/models", headers={"x-api-key": "sésame".encode()}).status_code == 200
+    assert guarded.get("/v1/models", headers={"x-api-key": "other", "authorization": "Bearer key-two"}).status_code == 200
+    assert guarded.get("/v1/models", headers={"x-api-key": "Bearer key-two"}).status_code == 401
+    assert guarded.get("/v1/models", headers=[("x-api-key", "key-two"), ("x-api-key", "x")]).status_code == 401
+
+
 def test_host_header_opens_nothing(guarded: Client) -> None:
     assert guarded.get("/v1/models", headers={"host": "x/health?"}).status_code == 401
 

@@ -1,0 +1,99 @@
+"""Several processes that serve as one: the same tokens, a clear end when one of them is killed, and no stranger among them."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.process import COMPLETIONS, ServerProcess, free_port, long_request, wait_until
+
+BODIES: list[dict[str, Any]] = [
+    {"prompt": "the quick brown fox", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1},
+    {"prompt": "a capital", "max_tokens": 12, "temperature": 0.9, "seed": 3, "ignore_eos": True, "top_k": 20},
+    {"prompt": "x", "max_tokens": 12, "temperature": 0, "frequency_penalty": 1.0, "repetition_penalty": 1.3, "ignore_eos": True},
+    {"prompt": "text", "max_tokens": 12, "temperature": 1, "seed": 4, "structured_outputs": {"regex": "[a-z ]*"}},
+]
+GONE_WITHIN_S = 10.0
+
+
+@contextlib.contextmanager
+def together(
+    logs: pathlib.Path, count: int, *options: str, of_last: tuple[str, ...] = (), ready: bool = True
+) -> Iterator[list[ServerProcess]]:
+    """So many processes that serve as one, the leader first; killed at the end; logs are printed when the test fails."""
+    coordinator = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count))
+    processes = [
+        ServerProcess(
+            logs, *coordinator, "--process-id", str(i), "--mesh", f"tensor={count}", *options, *(of_last if i == count - 1 else ()),
+            env={"XLA_FLAGS": ""},
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        if ready:
+            processes[0].wait_until_ready()
+        yield processes
+    except BaseException:
+        for process in processes:
+            print(process.log[-5000:])
+        raise
+    finally:
+        for process in processes:
+            process.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(logs: pathlib.Path) -> Iterator[list[ServerProcess]]:
+    with together(logs, 2) as processes:
+        yield processes
+
+
+def answer(server: ServerProcess, body: dict[str, Any]) -> Any:
+    reply = server.post(COMPLETIONS, body).raise_for_status().json()
+    return reply["choices"][0]["text"], reply["usage"]["completion_tokens"]
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_one_process(server: ServerProcess, pair: list[ServerProcess]) -> None:
+    assert [answer(pair[0], body) for body in BODIES] == [answer(server, body) for body in BODIES]
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_one_process_when_four_serve(server: ServerProcess, logs: pathlib.Path) -> None:
+    with together(logs, 4) as processes:
+        assert [answer(processes[0], body) for body in BODIES] == [answer(server, body) for body in BODIES]
+        processes[0].process.send_signal(signal.SIGTERM)
+        assert [process.wait_until_ended() for process in processes] == [0] * 4
+
+
+@pytest.mark.slow
+def test_killed_follower_ends_open_requests_and_the_leader(pair: list[ServerProcess]) -> None:
+    leader, follower = pair
+    with httpx.stream("POST", leader.url + COMPLETIONS, json=long_request(stream=True), timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")
+        follower.process.kill()
+        started_s = time.monotonic()
+        rest = "\n".join(lines)
+    assert time.monotonic() - started_s < GONE_WITHIN_S
+    assert '"error"' in rest
+    assert leader.wait_until_ended(GONE_WITHIN_S) == 1
+    assert "process 1 is gone" in leader.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "named"), [(("--max-rows", "3"), "--max-rows is 3, the leader's is 4"), (("--page-size", "8"), "--page-size is 8")]
+)
+def test_follower_with_other_options_is_refused_by_name(logs: pathlib.Path, options: tuple[str, ...], named: str) -> None:
+    with together(logs, 2, of_last=options, ready=False) as (leader, follower):
+        assert follower.wait_until_ended() == 1
+        assert leader.wait_until_ended() == 1
+        wait_until(lambda: named in follower.log and named in leader.log, "both say why")
