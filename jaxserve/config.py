@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import pathlib
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from jaxserve.errors import ConfigError
@@ -35,11 +34,22 @@ class ModelConfig:
     tokenizer: str | None = _option(None, "hub id or directory of the tokenizer; default: the model's own")
     chat_template: str | None = _option(None, "file with a Jinja chat template; default: the model's own, else a documented plain one")
     ignore_config_keys: bool = _option(False, "load a model whose config.json has keys that jaxserve does not know")
+    generation_config: str = _option(
+        "auto", "defaults of sampling parameters; auto: the model's generation_config.json; vllm: none; else a directory with such a file"
+    )
+    override_generation_config: str | None = _option(None, 'JSON object of defaults that outrank those, e.g. {"temperature": 0.6}')
     dtype: Literal["auto", "float32", "bfloat16"] = _option(
         "auto", "weights and activations; auto: float32 on CPU, bfloat16 on TPU and GPU"
     )
     max_len: int | None = _option(None, "most tokens of prompt and answer together; default: what the model was trained for")
     seed: int = _option(0, "seed of requests that bring none is drawn from this")
+    runner: Literal["auto", "generate", "pooling"] = _option(
+        "auto", "write text, or turn texts into vectors; auto: as the model's files say"
+    )
+    convert: Literal["auto", "none", "embed", "classify"] = _option(
+        "auto", "what to make of a text model for --runner pooling: embeddings of its last token, or the labels of its classifier"
+    )
+    matryoshka: bool = _option(False, "let requests cut embeddings to any `dimensions`, though the config does not say that it may be done")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +70,13 @@ class ScheduleConfig:
 
     max_rows: int | None = _option(None, "most requests in one step; default: 64 on CPU, 256 elsewhere")
     max_step_tokens: int | None = _option(None, "most tokens in one step; longer prompts are cut; default: 512 on CPU, 2048 elsewhere")
+    performance_mode: Literal["balanced", "throughput"] = _option(
+        "balanced", "balanced: prompts are cut so that running answers go on; throughput: whatever ends all of the work soonest"
+    )
     max_mixed_tokens: int | None = _option(
         None,
-        "most tokens in a step while answers are being written; bounds the time between tokens; default: a quarter of max_step_tokens",
+        "most tokens in a step while answers are being written, bounds the time between tokens; 0: prompts first, in steps of their own; "
+        "default: a quarter of max_step_tokens; for throughput 0 on CPU, unlimited elsewhere",
     )
     max_queue: int = _option(4096, "most requests waiting; beyond it clients get 429")
     max_queue_tokens: int = _option(8_000_000, "most prompt tokens waiting; beyond it clients get 429")
@@ -80,6 +94,50 @@ class CompileConfig:
     )
     compile_threads: int | None = _option(None, "shapes compiled at a time; default: one per core, at most 8")
     cache_dir: str | None = _option(None, "downloads and compiled programs; default: $JAXSERVE_CACHE or ~/.cache/jaxserve")
+
+
+MESH_AXES = ("data", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over devices; docs/parallelism.md."""
+
+    mesh: str | None = _option(
+        None, "devices along each axis, e.g. data=2,tensor=4; default: all on tensor up to the number of KV heads, the rest on data"
+    )
+    tensor_parallel_size: int | None = _option(None, "short for --mesh tensor=N, as vLLM has it")
+    data_parallel_size: int | None = _option(None, "short for --mesh data=N; with --tensor-parallel-size, for both")
+    coordinator: str | None = _option(
+        None, "HOST:PORT of process 0 when several serve together; auto: jax finds them; default: auto in Slurm and on GKE's TPU slices"
+    )
+    num_processes: int | None = _option(None, "processes that serve together, with --coordinator HOST:PORT")
+    process_id: int | None = _option(None, "number of this process, with --coordinator HOST:PORT; process 0 leads and has the HTTP server")
+
+    @property
+    def is_multihost(self) -> bool:
+        """Whether other processes take part."""
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # on GKE
+        return self.coordinator is not None or (tasks.isdecimal() and int(tasks) > 1) or "," in workers
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Devices along each axis that is given. Raises: ConfigError."""
+        sizes = {"data": self.data_parallel_size, "tensor": self.tensor_parallel_size}
+        axes = {name: size for name, size in sizes.items() if size is not None}
+        if self.mesh is not None and axes:
+            raise ConfigError("--mesh says it all: leave out --tensor-parallel-size and --data-parallel-size")
+        for part in (self.mesh or "").split(",") if self.mesh is not None else ():
+            name, _, size = part.partition("=")
+            if name not in MESH_AXES or not size.isdecimal() or name in axes:
+                raise ConfigError(
+                    f"--mesh={self.mesh}: {part!r} is not one of {', '.join(MESH_AXES)} with a size, each once, as in tensor=4"
+                )
+            axes[name] = int(size)
+        if any(size < 1 for size in axes.values()):
+            raise ConfigError(f"a mesh has at least one device along each axis, not {axes}")
+        return axes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +164,10 @@ class ServerConfig:
     drain_timeout_s: float = _option(30.0, "longest wait for running answers after SIGTERM")
     stall_timeout_s: float = _option(120.0, "a step that takes longer makes /health answer 503")
     metrics_auth: bool = _option(False, "ask for the API key on /metrics too")
+    enable_tokenizer_info_endpoint: bool = _option(False, "answer /tokenizer_info: special tokens and chat template")
+    enable_admin_endpoints: bool = _option(False, "answer /pause, /resume, /abort_requests, /reset_prefix_cache, /start_profile and others")
+    admin_api_key: tuple[str, ...] = _option((), "keys for them, comma-separated; default: $JAXSERVE_ADMIN_API_KEY")
+    profile_dir: str | None = _option(None, "where /start_profile writes traces; default: profiles, beside the compiled programs")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "least severe messages to log")
     access_log: bool = _option(False, "log a line per HTTP request")
 
@@ -118,10 +180,11 @@ class EngineConfig:
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
-        problems = [*_problems_of_model(self), *_problems_of_server(self)]
+        problems = [*_problems_of_model(self), *_problems_of_server(self), *_problems_of_mesh(self.parallel)]
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -136,6 +199,18 @@ class EngineConfig:
         """Keys that clients may present; empty when none is needed."""
         key = os.environ.get("JAXSERVE_API_KEY")
         return self.server.api_key or ((key,) if key else ())
+
+    @property
+    def admin_keys(self) -> tuple[str, ...]:
+        """Keys for the admin endpoints; empty when none is needed."""
+        key = os.environ.get("JAXSERVE_ADMIN_API_KEY")
+        return self.server.admin_api_key or ((key,) if key else ())
+
+    @property
+    def profile_path(self) -> pathlib.Path:
+        """Directory for traces."""
+        chosen = self.server.profile_dir
+        return self.cache_path / "profiles" if chosen is None else pathlib.Path(chosen).expanduser()
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -154,13 +229,28 @@ def _problems_of_model(config: EngineConfig) -> list[str]:
         (0 < config.cache.memory_utilization <= 1, f"--memory-utilization={config.cache.memory_utilization} must be in (0, 1]"),
         (config.schedule.max_rows is None or 1 <= config.schedule.max_rows <= 4096, "--max-rows must be in [1, 4096]"),
         (config.schedule.max_step_tokens is None or config.schedule.max_step_tokens >= 1, "--max-step-tokens must be at least 1"),
-        (config.schedule.max_mixed_tokens is None or config.schedule.max_mixed_tokens >= 1, "--max-mixed-tokens must be at least 1"),
+        (config.schedule.max_mixed_tokens is None or config.schedule.max_mixed_tokens >= 0, "--max-mixed-tokens must not be negative"),
         (config.schedule.max_queue >= 1, "--max-queue must be at least 1"),
         (all(n >= 1 for n in config.compile.decode_rows or ()), "--decode-rows must be positive"),
         (all(n >= 1 for n in config.compile.prefill_tokens or ()), "--prefill-tokens must be positive"),
         (config.compile.compile_threads is None or config.compile.compile_threads >= 1, "--compile-threads must be at least 1"),
     ]
     return [problem for holds, problem in checks if not holds]
+
+
+def _problems_of_mesh(parallel: ParallelConfig) -> list[str]:
+    explicit = parallel.coordinator not in (None, "auto")
+    count, number = parallel.num_processes, parallel.process_id
+    problems: list[str] = []
+    if explicit and (count is None or number is None or not 0 <= number < count):
+        problems.append("--coordinator HOST:PORT needs --num-processes and a --process-id below it")
+    if not explicit and (count, number) != (None, None):
+        problems.append("--num-processes and --process-id go with --coordinator HOST:PORT")
+    try:
+        _ = parallel.axes
+    except ConfigError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _problems_of_server(config: EngineConfig) -> list[str]:
@@ -172,20 +262,24 @@ def _problems_of_server(config: EngineConfig) -> list[str]:
         (server.write_timeout_s > 0, "--write-timeout-s must be positive"),
         (server.drain_timeout_s >= 0, "--drain-timeout-s must not be negative"),
         (server.stall_timeout_s > 0, "--stall-timeout-s must be positive"),
+        (
+            not server.enable_admin_endpoints or not config.api_keys or bool(config.admin_keys),
+            "--enable-admin-endpoints beside API keys needs a key of its own: --admin-api-key",
+        ),
     ]
     return [problem for holds, problem in checks if not holds]
 
 
 def make_config(values: Mapping[str, Any]) -> EngineConfig:
     """A config from flat field names, e.g. {"model": "x", "max_len": 512}; unknown names raise ConfigError."""
-    owners = {field.name: section for section, kind in _sections() for field in dataclasses.fields(kind)}
+    owners = {field.name: section for section, kind in sections() for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(owners))
     if unknown:
         raise ConfigError(f"unknown options: {', '.join(unknown)}; known: {', '.join(sorted(owners))}")
     nested: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         nested.setdefault(owners[name], {})[name] = value
-    return _from_nested(nested, "options")
+    return from_tables(nested, "options")
 
 
 def read_toml(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -195,66 +289,21 @@ def read_toml(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
             tables = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
-    _from_nested(tables, str(path))
+    from_tables(tables, str(path))
     return tables
 
 
-def parse_args(argv: Sequence[str]) -> EngineConfig:
-    """The config of a command line; --help and malformed lines exit, as argparse does.
-
-    Raises: ConfigError listing every value that cannot work.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxserve.serve", description="Serve a language model over the OpenAI API.", argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110), allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the options below; the command line wins")
-    for section, kind in _sections():
-        group = parser.add_argument_group(section, (kind.__doc__ or "").strip())
-        hints = typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            _add_flag(group, section, field, hints[field.name])
-    given = vars(parser.parse_args(argv))
-    nested = read_toml(given.pop("config")) if "config" in given else {}
-    for name, value in given.items():
-        section, _, field_name = name.partition(".")
-        nested.setdefault(section, {})[field_name] = value
-    return _from_nested(nested, "command line")
-
-
-def _sections() -> list[tuple[str, type]]:
+def sections() -> list[tuple[str, type]]:
+    """Name and class of each table of the configuration."""
     hints = typing.get_type_hints(EngineConfig)
     return [(field.name, hints[field.name]) for field in dataclasses.fields(EngineConfig)]
 
 
-def _add_flag(group: Any, section: str, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag, dest = "--" + field.name.replace("_", "-"), f"{section}.{field.name}"
-    default = "" if field.default is None or field.default == () else f" (default: {field.default})"
-    text = str(field.metadata["help"]) + default
-    inner = _without_none(hint)
-    if inner is bool:
-        group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
-    elif typing.get_origin(inner) is Literal:
-        group.add_argument(flag, dest=dest, choices=typing.get_args(inner), help=text.replace("%", "%%"))
-    elif typing.get_origin(inner) is tuple:
-        item = typing.get_args(inner)[0]
-        metavar = "N,N,..." if item is int else "A,B,..."
-        group.add_argument(flag, dest=dest, type=_list_of(item), metavar=metavar, help=text)
-    else:
-        group.add_argument(flag, dest=dest, type=inner, metavar=inner.__name__.upper(), help=text.replace("%", "%%"))
-
-
-def _list_of(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def comma_separated(value: str) -> tuple[Any, ...]:
-        return tuple(item(part) for part in value.split(",") if part)
-
-    return comma_separated
-
-
-def _from_nested(nested: Mapping[str, Any], source: str) -> EngineConfig:
+def from_tables(nested: Mapping[str, Any], source: str) -> EngineConfig:
+    """A config from tables of values. Raises: ConfigError naming `source` and every value that cannot work."""
     problems: list[str] = []
-    sections: dict[str, Any] = {}
-    kinds = dict(_sections())
+    made: dict[str, Any] = {}
+    kinds = dict(sections())
     for section, values in nested.items():
         if section not in kinds or not isinstance(values, Mapping):
             problems.append(f"{source}: no table [{section}]; there are {', '.join(kinds)}")
@@ -269,13 +318,14 @@ def _from_nested(nested: Mapping[str, Any], source: str) -> EngineConfig:
             else:
                 checked[name] = _coerce(value, hints[name])
         if not problems:
-            sections[section] = kinds[section](**checked)
+            made[section] = kinds[section](**checked)
     if problems:
         raise ConfigError("\n".join(problems))
-    return EngineConfig(**sections)
+    return EngineConfig(**made)
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
+    """X of the type X | None, else the type itself."""
     if isinstance(hint, types.UnionType):
         return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
     return hint
@@ -284,7 +334,7 @@ def _without_none(hint: Any) -> Any:
 def _fits(value: Any, hint: Any) -> bool:
     if value is None:
         return isinstance(hint, types.UnionType)
-    inner = _without_none(hint)
+    inner = without_none(hint)
     if typing.get_origin(inner) is Literal:
         return value in typing.get_args(inner)
     if typing.get_origin(inner) is tuple:
@@ -296,14 +346,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    inner = _without_none(hint)
+    inner = without_none(hint)
     if value is not None and typing.get_origin(inner) is tuple:
         return tuple(value)
     return float(value) if inner is float and value is not None else value
 
 
 def _describe(hint: Any) -> str:
-    inner = _without_none(hint)
+    inner = without_none(hint)
     if typing.get_origin(inner) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(inner)))
     if typing.get_origin(inner) is tuple:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,12 @@ from tqdm import tqdm
 
 from jaxserve.config import DEFAULT_MODEL, make_config
 from jaxserve.engine.admit import Admission
-from jaxserve.engine.load import load_engine
+from jaxserve.engine.beam import BeamSearch, BeamSearchOutput, BeamSearchParams, only_logprobs, step_params
+from jaxserve.engine.load import ServedModel, load_engine
+from jaxserve.engine.vectors import ClassificationOutput, EmbeddingOutput, PoolingOutput, PoolingResult, ScoringOutput, Vectors
 from jaxserve.errors import QueueFullError, UserError
-from jaxserve.metrics import Metrics
+from jaxserve.metrics import Figure, HistogramFigure, Metrics
+from jaxserve.pooling import PoolingParams
 from jaxserve.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs, merge_outputs
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -27,6 +29,7 @@ class CompletionOutput:
     Args:
       index: 0-based number of the answer.
       logprobs: one per token, if asked for.
+      finish_reason: None while it goes on, which only AsyncLLM shows.
       stop_reason: the stop string or token id that ended it, if one did.
     """
 
@@ -34,7 +37,7 @@ class CompletionOutput:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     stop_reason: int | str | None
 
 
@@ -54,14 +57,13 @@ class LLM:
 
     Args:
       model: hub id, directory of safetensors, .gguf file or Orbax directory.
-      options: fields of the configuration by name, such as max_len=2048, dtype="bfloat16", max_rows=32; max_mixed_tokens is unlimited
-        unless given.
+      options: fields of the configuration by name, such as max_len=2048, dtype="bfloat16", max_rows=32; performance_mode is
+        "throughput" unless given: nobody waits for single tokens here.
     Raises: ConfigError saying what does not fit.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
-        # Nobody waits for single tokens here, so prompts need not be cut to let answers go on.
-        config = make_config({"model": model, "max_mixed_tokens": sys.maxsize, **options})
+        config = make_config({"model": model, "performance_mode": "throughput", **options})
         self.metrics = Metrics(config.served_names[0])
         self._engine, self._served = load_engine(config, self.metrics, lambda _: None)
         self._admission = Admission(self._served, seed=config.model.seed)
@@ -71,6 +73,14 @@ class LLM:
         """The model's tokenizer."""
         return self._served.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What answers are sampled with where no parameters are given: the model's own, as --generation-config says."""
+        return SamplingParams(**self._served.defaults)
+
+    def get_metrics(self) -> list[Figure | HistogramFigure]:
+        """What /metrics of a server would show."""
+        return self.metrics.read()
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True
     ) -> list[RequestResult]:
@@ -78,13 +88,13 @@ class LLM:
 
         Args:
           prompts: one or many of: text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}.
-          params: for all prompts, or one for each.
+          params: for all prompts, or one for each; None for those of get_default_sampling_params.
         Raises: UserError if any of them cannot be served; then none is.
         """
         listed = _as_list(prompts)
-        texts = [_text_of(prompt) for prompt in listed]
-        ids = [self._ids_of(prompt) for prompt in listed]
-        return self._run(texts, ids, _spread(params, len(ids)), use_tqdm=use_tqdm)
+        texts = [text_of(prompt) for prompt in listed]
+        ids = [ids_of(self._served, prompt) for prompt in listed]
+        return self._run(texts, ids, _spread(self.get_default_sampling_params() if params is None else params, len(ids)), use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -101,15 +111,69 @@ class LLM:
         single = not messages or isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if single else list(messages)
         texts: list[str | None] = [
-            self._served.chat.render(
-                [dict(message) for message in conversation], tools=None if tools is None else [dict(tool) for tool in tools],
-                add_generation_prompt=add_generation_prompt and not continue_final_message, continue_final_message=continue_final_message,
-                kwargs=dict(chat_template_kwargs or {}),
+            render_chat(
+                self._served, conversation, tools=tools, add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, kwargs=chat_template_kwargs,
             )
             for conversation in conversations
         ]  # fmt: skip
         ids = [self._served.tokenizer.encode(text or "", add_special_tokens=False) for text in texts]
-        return self._run(texts, ids, _spread(params, len(ids)), use_tqdm=use_tqdm)
+        return self._run(texts, ids, _spread(self.get_default_sampling_params() if params is None else params, len(ids)), use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt that a search of some width finds, as vLLM searches.
+
+        Raises: UserError if any of the prompts cannot be served; then none is.
+        """
+        common, eos_ids = params.sampling(), self._served.eos_ids
+        ids = [ids_of(self._served, prompt) for prompt in _as_list(prompts)]
+        for each in ids:
+            self._admission.make_request(each, dataclasses.replace(common, n=1))
+        searches = [BeamSearch(each, common, length_penalty=params.length_penalty, eos_ids=eos_ids) for each in ids]
+        for _ in tqdm(range(params.max_tokens), desc="searching", unit="token", disable=None if use_tqdm else True):
+            going = [(search, prompts) for search in searches if (prompts := search.prompts)]
+            if not going:
+                break
+            asked = [[self._admission.make_request(prompt, step_params(common)) for prompt in some] for _, some in going]
+            found = self._drive([request for group in asked for request in group], use_tqdm=False)
+            for (search, _), group in zip(going, asked, strict=True):
+                search.take([only_logprobs(found[request.id]) for request in group])
+        tokenizer = self._served.tokenizer
+        return [BeamSearchOutput(sequences=tuple(beam.sequence(tokenizer, common) for beam in search.best())) for search in searches]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling_params: PoolingParams | None = None, use_tqdm: bool = True
+    ) -> list[PoolingResult[EmbeddingOutput]]:
+        """The embedding of each prompt, of models that give them; see docs/embeddings.md.
+
+        Raises: UserError if the model gives none, or any of the prompts cannot be served; then none is.
+        """
+        return self._vectors(use_tqdm).embed(_inputs(prompts), pooling_params or PoolingParams())
+
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling_params: PoolingParams | None = None, use_tqdm: bool = True
+    ) -> list[PoolingResult[ClassificationOutput]]:
+        """The probability of each label for each prompt, of classifiers."""
+        return self._vectors(use_tqdm).classify(_inputs(prompts), pooling_params or PoolingParams())
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling_params: PoolingParams | None = None, use_tqdm: bool = True
+    ) -> list[PoolingResult[PoolingOutput]]:
+        """What the model gives for each prompt: embeddings or probabilities."""
+        return self._vectors(use_tqdm).encode(_inputs(prompts), pooling_params or PoolingParams())
+
+    def score(
+        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingResult[ScoringOutput]]:  # fmt: skip
+        """How well texts go together, one with many or pair by pair, by a cross-encoder or by the angle between embeddings."""
+        first, second = ([data] if isinstance(data, str) else list(data) for data in (data_1, data_2))
+        return self._vectors(use_tqdm).score(first, second, pooling_params or PoolingParams())
+
+    def _vectors(self, use_tqdm: bool) -> Vectors:
+        return Vectors(self._served, self._admission, lambda requests: self._drive(requests, use_tqdm=use_tqdm))
 
     def _run(
         self, texts: list[str | None], prompts: list[list[int]], params: list[SamplingParams], *, use_tqdm: bool
@@ -117,13 +181,10 @@ class LLM:
         requests: list[list[Request]] = []
         for ids, each in zip(prompts, params, strict=True):
             constraint = None if each.structured_outputs is None else self._served.grammars.compile(each.structured_outputs)
-            seeds = [each.seed if each.seed is None else each.seed + i for i in range(each.n)]
-            requests.append(
-                [self._admission.make_request(ids, dataclasses.replace(each, n=1, seed=seed), constraint=constraint) for seed in seeds]
-            )
+            requests.append([self._admission.make_request(ids, each.of_answer(number), constraint=constraint) for number in range(each.n)])
         answers = self._drive([request for group in requests for request in group], use_tqdm=use_tqdm)
         return [
-            _result(text, ids, [answers[request.id] for request in group])
+            make_result(text, ids, [answers[request.id] for request in group])
             for text, ids, group in zip(texts, prompts, requests, strict=True)
         ]
 
@@ -157,14 +218,33 @@ class LLM:
                 return
             waiting.pop()
 
-    def _ids_of(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return list(prompt["prompt_token_ids"])
-            prompt = prompt["prompt"]
-        return (
-            self._served.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else [int(token) for token in prompt]
-        )
+
+def ids_of(served: ServedModel, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt."""
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return list(prompt["prompt_token_ids"])
+        prompt = prompt["prompt"]
+    return served.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+
+def text_of(prompt: Prompt) -> str | None:
+    """The text of a prompt, if it was given as one."""
+    if isinstance(prompt, Mapping):
+        return prompt.get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def render_chat(
+    served: ServedModel, conversation: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool,
+    continue_final_message: bool, kwargs: Mapping[str, Any] | None,
+) -> str:  # fmt: skip
+    """A conversation as the model's chat template prints it."""
+    return served.chat.render(
+        [dict(message) for message in conversation], tools=None if tools is None else [dict(tool) for tool in tools],
+        add_generation_prompt=add_generation_prompt and not continue_final_message, continue_final_message=continue_final_message,
+        kwargs=dict(kwargs or {}),
+    )  # fmt: skip
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -175,24 +255,27 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _text_of(prompt: Prompt) -> str | None:
-    if isinstance(prompt, Mapping):
-        return prompt.get("prompt")
-    return prompt if isinstance(prompt, str) else None
+def _inputs(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
+    """Text or token ids of each prompt."""
+    listed = _as_list(prompts)
+    return [
+        (prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]) if isinstance(prompt, Mapping) else prompt
+        for prompt in listed
+    ]
 
 
-def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling params for {count} prompts")
     return list(params)
 
 
-def _result(text: str | None, ids: list[int], answers: list[RequestOutput]) -> RequestResult:
-    outputs = []
+def make_result(text: str | None, ids: list[int], answers: Sequence[RequestOutput]) -> RequestResult:
+    """A prompt and its answers, whole or as far as they have come."""
+    outputs: list[CompletionOutput] = []
     for index, answer in enumerate(answers):
-        assert answer.finish_reason is not None, f"{answer.id=} has not ended"
         outputs.append(
             CompletionOutput(
                 index=index,

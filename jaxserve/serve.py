@@ -2,6 +2,7 @@
 
 The port opens at once and /health says how far loading is. SIGTERM and SIGINT drain: no new requests, running ones finish
 within --drain-timeout-s, exit code 0; a second signal stops at once. If the engine fails, the process ends with code 1.
+Of several processes that serve together (--coordinator) only the first has the server; the others end when it does.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 import uvicorn
 
 from jaxserve.api.app import create_app
 from jaxserve.api.connection import Connection
-from jaxserve.config import EngineConfig, ServerConfig, parse_args
+from jaxserve.command_line import parse_args
+from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.load import follow_leader
+from jaxserve.engine.multihost import is_follower
 from jaxserve.errors import ConfigError
+from jaxserve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ class Server:
 
     def __init__(self, config: EngineConfig, listener: socket.socket) -> None:
         self._config = config.server
+        self._is_multihost = config.parallel.is_multihost
         self._listener = listener
         self._engine = AsyncEngine(config, on_failure=self._on_failure)
         self._http = HttpServer(_uvicorn_config(config.server, self._engine))
@@ -64,8 +71,8 @@ class Server:
         with asyncio.Runner(loop_factory=self._http.config.get_loop_factory()) as runner:
             stopped = runner.run(self._serve())
         code = 1 if self._failed else 0
-        if not stopped:
-            # It loads, compiles, or waits for a device that hangs: the interpreter's own exit would wait for that.
+        if not stopped or self._failed or self._is_multihost:
+            # It loads, compiles, or waits for a device or for processes that are gone: the interpreter's own exit would wait for that.
             _exit_at_once(code)
         return code
 
@@ -127,21 +134,38 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _exit_at_once(code: int) -> None:
+def _exit_at_once(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+def _follow(config: EngineConfig) -> NoReturn:
+    """Do what the leader says until it lets go; signals to stop are the leader's to heed, as its running answers need this process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        follow_leader(config, Metrics(config.served_names[0]))
+    except ConfigError as error:
+        log.critical("%s", error)
+        _exit_at_once(1)
+    except Exception:
+        log.critical("the leader is gone, or a program failed", exc_info=True)
+        _exit_at_once(1)
+    _exit_at_once(0)
+
+
 def main() -> None:
     """Entry point of the command line."""
     try:
         config = parse_args(sys.argv[1:])
+        logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        if is_follower(config.parallel):
+            _follow(config)
         listener = _listen(config.server.host, config.server.port)
     except ConfigError as error:
         sys.exit(f"jaxserve: {error}")
-    logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     _raise_file_limit()
     gc.set_threshold(10_000, 50, 50)  # a full collection among a model's many objects would stall a step
     sys.exit(Server(config, listener).run())

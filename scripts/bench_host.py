@@ -13,11 +13,14 @@ import itertools
 import pathlib
 import pstats
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 import uvicorn
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxserve.api.app import create_app
 from jaxserve.config import EngineConfig, make_config

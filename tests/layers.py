@@ -18,15 +18,15 @@ PACKAGES = ("jaxserve", "pallas_kernels")
 # Top to bottom: a file imports only from lower floors and from its own unit, which is a folder or a single file.
 FLOORS = (
     ("jaxserve",),  # the package's own __init__.py, which exports lazily
-    ("jaxserve.serve", "jaxserve.plan"),
+    ("jaxserve.serve", "jaxserve.plan", "jaxserve.batch", "jaxserve.async_llm"),
     ("jaxserve.api", "jaxserve.llm"),
     ("jaxserve.engine",),
     ("jaxserve.runner",),
     ("jaxserve.weights",),
     ("jaxserve.models",),
-    ("jaxserve.scheduler", "jaxserve.text", "jaxserve.sharding"),
-    ("jaxserve.config", "jaxserve.request", "jaxserve.media"),
-    ("pallas_kernels", "jaxserve.errors", "jaxserve.metrics", "jaxserve.quant"),
+    ("jaxserve.scheduler", "jaxserve.text", "jaxserve.sharding", "jaxserve.command_line"),
+    ("jaxserve.config", "jaxserve.request", "jaxserve.media", "jaxserve.pooling"),
+    ("pallas_kernels", "jaxserve.errors", "jaxserve.metrics", "jaxserve.quant", "jaxserve.version"),
 )
 FLOOR_OF = {unit: len(FLOORS) - index for index, units in enumerate(FLOORS) for unit in units}
 
@@ -39,7 +39,16 @@ ALLOWED_IN = {
     "torch": (),
 }
 # Units that load no jax, neither by themselves nor by what they import; and the libraries that load it.
-WITHOUT_JAX = ("jaxserve", "jaxserve.scheduler", "jaxserve.text", "jaxserve.api", "jaxserve.request", "jaxserve.config")
+WITHOUT_JAX = (
+    "jaxserve",
+    "jaxserve.scheduler",
+    "jaxserve.text",
+    "jaxserve.api",
+    "jaxserve.request",
+    "jaxserve.config",
+    "jaxserve.command_line",
+    "jaxserve.pooling",
+)
 LOADS_JAX = ("jax", "jaxlib", "flax", "orbax", "optax")
 READS_ENVIRONMENT = ("jaxserve.config",)
 ENVIRONMENT_NAMES = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from jaxserve.config import EngineConfig, make_config, parse_args, read_toml
+from jaxserve.command_line import parse_args
+from jaxserve.config import EngineConfig, make_config, read_toml
 from jaxserve.errors import ConfigError
 
 PRESETS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -29,7 +30,10 @@ def test_command_line_wins_over_toml_over_default(tmp_path: pathlib.Path) -> Non
 
 def test_every_field_has_help_and_a_flag() -> None:
     help_text = subprocess.run(
-        [sys.executable, "-c", "from jaxserve.config import parse_args; parse_args(['--help'])"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "from jaxserve.command_line import parse_args; parse_args(['--help'])"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     for section in dataclasses.fields(EngineConfig):
         for field in dataclasses.fields(getattr(EngineConfig(), section.name)):
@@ -76,3 +80,22 @@ def test_keys_come_from_the_environment_unless_given(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JAXSERVE_API_KEY", "secret")
     assert parse_args([]).api_keys == ("secret",)
     assert parse_args(["--api-key", "other"]).api_keys == ("other",)
+
+
+def test_mesh_comes_from_one_option_or_from_vllms() -> None:
+    assert parse_args(["--mesh", "data=2,tensor=4"]).parallel.axes == {"data": 2, "tensor": 4}
+    assert parse_args(["--tensor-parallel-size", "4", "--data-parallel-size", "2"]).parallel.axes == {"data": 2, "tensor": 4}
+    assert parse_args([]).parallel.axes == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": "tensor=4", "tensor_parallel_size": 4}, {"mesh": "pipe=2"}, {"mesh": "tensor"}, {"mesh": "tensor=2,tensor=2"},
+        {"mesh": "tensor=0"}, {"mesh": ""}, {"coordinator": "h:1"}, {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
+        {"num_processes": 2},
+    ],
+)  # fmt: skip
+def test_meshes_and_groups_that_cannot_be_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        make_config(options)
