@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
 
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxserve-tests" / "xla"
 
@@ -19,3 +23,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
 # The same examples in every run, and no deadline: the first call of a jitted function compiles.
 hypothesis.settings.register_profile("jaxserve", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jaxserve"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Free what a module has compiled: each program takes memory maps, of which Linux gives a process 65,530."""
+    yield
+    for value in list(vars(request.module).values()):
+        if getattr(value, "__module__", None) == request.module.__name__ and hasattr(value, "cache_clear"):
+            value.cache_clear()
+    gc.collect()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

@@ -47,7 +47,6 @@ def test_step_is_in_place_and_copies_no_weights(kind: str, tokens: int, chip: st
     experts = [leaf for path, leaf in programs.param_shapes.items() if re.search(r"experts\.(gate_up|down)$", path)]
     assert experts
     of_a_layer = max(num_bytes([leaf]) // leaf.shape[0] for leaf in experts)
-    print(chip, kind, model, memory.temp_size_in_bytes / 1e6, of_a_layer / 1e6)
     assert memory.temp_size_in_bytes < of_a_layer
     text = executable.as_text()
     assert text is not None

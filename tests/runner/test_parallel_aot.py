@@ -17,6 +17,7 @@ from jaxserve.runner.memory import num_bytes
 from jaxserve.runner.programs import Programs, Target
 from jaxserve.sharding import Split, mesh_of, one_copy
 from tests.kernels import aot
+from tests.models.test_moe_published import PUBLISHED
 from tests.runner.test_programs_aot import LLAMA_8B, MPT_7B, text_of
 
 GIB = 1 << 30
@@ -45,6 +46,7 @@ CASES = {
     "llama-3.1-8b on v6e-8": Case(model=LLAMA_8B, slice="v6e:2x4", split=Split(tensor=8), num_pages=16384),
     "llama-3.3-70b on v6e-8": Case(model=LLAMA_70B, slice="v6e:2x4", split=Split(tensor=8), num_pages=8192),
     "llama-3.3-70b on v5e-16": Case(model=LLAMA_70B, slice="v5e:4x4", split=Split(tensor=16), num_pages=4096),
+    "mixtral-8x7b on v6e-8": Case(model=PUBLISHED["Mixtral-8x7B"][2], slice="v6e:2x4", split=Split(expert=8), num_pages=8192),
     "mpt-30b on v5e-8": Case(model=MPT_30B, slice="v5e:2x4", split=Split(tensor=8), num_pages=512),
 }
 
