@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from jaxserve.api.errors import ClientGoneError, GenerationError
 from jaxserve.api.protocol import Options
 from jaxserve.config import EngineConfig
 from jaxserve.engine.beam import check_beams
+from jaxserve.engine.stream import start_all
 from jaxserve.errors import EngineUnavailableError, UserError
 from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs
 
@@ -117,47 +118,34 @@ async def submit(
     params.check_token_ids(served.vocab_size)
     fitted = [fit(field, len(prompt), options, params, served.max_len) for prompt in prompts]
     constraint = None if params.structured_outputs is None else await served.grammars.compile_async(params.structured_outputs)
-    streams: list[OutputStream] = []
-    try:
+
+    def starting() -> Iterator[OutputStream]:
         for prompt_ids, limited in zip(prompts, fitted, strict=True):
             engine.metrics.request_n.observe(params.n)
             if options.length_penalty is not None:
                 check_beams(limited)
-                streams += start_search(engine, prompt_ids, options, limited)
+                yield from start_search(engine, prompt_ids, options, limited)
                 continue
             for number in range(params.n):
-                one = limited.of_answer(number)
                 stream = engine.submit(
-                    prompt_ids=prompt_ids, params=one, priority=options.priority, cache_salt=options.cache_salt, constraint=constraint
-                )
+                    prompt_ids=prompt_ids, params=limited.of_answer(number), priority=options.priority, cache_salt=options.cache_salt,
+                    constraint=constraint,
+                )  # fmt: skip
                 stream.name = options.request_id
-                streams.append(stream)
-    except EngineUnavailableError:
-        _abort(streams)
-        raise unavailable(engine) from None
-    except BaseException:
-        _abort(streams)
-        raise
-    return streams
+                yield stream
+
+    return start(engine, starting())
 
 
-def submit_all(engine: AsyncEngine, starts: Sequence[Callable[[], OutputStream]], name: str) -> list[OutputStream]:
-    """Start requests, all of them or none; operators may call them by `name`.
+def start(engine: AsyncEngine, starting: Iterable[OutputStream]) -> list[OutputStream]:
+    """Start requests, each as it is iterated over: all of them or none.
 
     Raises: UserError, QueueFullError, EngineUnavailableError.
     """
-    streams: list[OutputStream] = []
     try:
-        for start in starts:
-            streams.append(start())
-            streams[-1].name = name
+        return start_all(starting)
     except EngineUnavailableError:
-        _abort(streams)
         raise unavailable(engine) from None
-    except BaseException:
-        _abort(streams)
-        raise
-    return streams
 
 
 def with_defaults(params: SamplingParams, options: Options, defaults: Mapping[str, Any]) -> tuple[SamplingParams, Options]:

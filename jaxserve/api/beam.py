@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxserve.api.errors import GenerationError
 from jaxserve.engine.beam import Beam, BeamSearch, only_logprobs, step_params
-from jaxserve.engine.stream import OutputStream
+from jaxserve.engine.stream import OutputStream, start_all
 from jaxserve.errors import EngineUnavailableError, QueueFullError
 from jaxserve.request import RequestOutput, SamplingParams
 
@@ -79,17 +79,14 @@ async def _search(
 
 def _submit(engine: AsyncEngine, prompts: Sequence[list[int]], options: Options, params: SamplingParams) -> list[OutputStream]:
     """Ask for the next token of each prompt; if one is refused, none is asked for."""
-    streams: list[OutputStream] = []
-    try:
+
+    def starting() -> Iterator[OutputStream]:
         for ids in prompts:
-            one = step_params(params)
-            streams.append(engine.submit(prompt_ids=ids, params=one, priority=options.priority, cache_salt=options.cache_salt))
-            streams[-1].name = options.request_id
-    except BaseException:
-        for stream in streams:
-            stream.abort()
-        raise
-    return streams
+            stream = engine.submit(prompt_ids=ids, params=step_params(params), priority=options.priority, cache_salt=options.cache_salt)
+            stream.name = options.request_id
+            yield stream
+
+    return start_all(starting())
 
 
 async def _submit_again(engine: AsyncEngine, prompts: Sequence[list[int]], options: Options, params: SamplingParams) -> list[OutputStream]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import orjson
 from starlette.types import Receive, Send
 
 from jaxserve.api import examples
-from jaxserve.api.answers import Running, answer_id, check_chars, ready, served_name, submit_all
+from jaxserve.api.answers import Running, answer_id, check_chars, ready, served_name, start
 from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import parse_object
@@ -33,7 +33,7 @@ from jaxserve.request import RequestOutput
 from jaxserve.text.vectors import ScorePlan, TextOptions, VectorInput, cut_ids, encode_text
 
 if TYPE_CHECKING:
-    from jaxserve.engine.async_engine import AsyncEngine
+    from jaxserve.engine.async_engine import AsyncEngine, OutputStream
     from jaxserve.engine.load import ServedModel
 
 _INLINE_FLOATS = 1 << 14
@@ -85,10 +85,16 @@ class VectorsEndpoint(JsonEndpoint):
 
     async def run(self, inputs: Sequence[VectorInput], options: VectorOptions, receive: Receive) -> list[RequestOutput]:
         """The engine's output for each input. Raises: UserError, QueueFullError, EngineUnavailableError."""
-        submit = functools.partial(self.engine.submit_pooling, priority=options.priority, cache_salt=options.cache_salt)
-        streams = submit_all(
-            self.engine, [functools.partial(submit, each.ids, second_at=each.second_at) for each in inputs], options.request_id
-        )
+
+        def starting() -> Iterator[OutputStream]:
+            for each in inputs:
+                stream = self.engine.submit_pooling(
+                    each.ids, second_at=each.second_at, priority=options.priority, cache_salt=options.cache_salt
+                )
+                stream.name = options.request_id
+                yield stream
+
+        streams = start(self.engine, starting())
         async with Running(receive, streams) as running:
             return [await running.collect(stream) for stream in streams]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxserve.request import RequestOutput, merge_outputs
 
@@ -52,3 +52,16 @@ class OutputStream:
         self._unread.append(output)
         self._ended = output.finish_reason is not None
         self._arrived.set()
+
+
+def start_all(starting: Iterable[OutputStream]) -> list[OutputStream]:
+    """The streams of requests that start as they are iterated over; if one cannot, those before it are aborted."""
+    streams: list[OutputStream] = []
+    try:
+        for stream in starting:
+            streams.append(stream)
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise
+    return streams

@@ -110,7 +110,9 @@ class Programs:
             path: Placement(target=target.sharding, cuts=cuts, stacked=path.startswith("groups."))
             for path, cuts in model_cuts(model).items()
         }
-        self.whole_shapes = split_model(Decoder(spec, self.groups, dtype=dtype, platform=target.platform))[1]
+        self.whole_shapes = self.param_shapes
+        if self._mesh is not None:
+            self.whole_shapes = split_model(Decoder(spec, self.groups, dtype=dtype, platform=target.platform))[1]
         self._pool, max_rows = spec.pool, self.limits.max_rows
         state = slot_state_shapes(max_rows, spec.vocab_size) if spec.pool is None else pool_state_shapes(max_rows, spec.width)
         self.state_shapes: Any = state

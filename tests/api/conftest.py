@@ -403,6 +403,19 @@ def make_client() -> Callable[..., Client]:
 
 
 @pytest.fixture
+def talkative(make_client: Callable[..., Client]) -> Callable[..., Client]:
+    """Makes a client with room for long answers, of a model that calls tools and says these texts one after the other."""
+
+    def make(*replies: str, reasoning: str) -> Client:
+        client = make_client(tool_call_parser="hermes", reasoning_parser=reasoning)
+        client.engine.replies = list(replies)
+        client.engine.served.max_len = 4000
+        return client
+
+    return make
+
+
+@pytest.fixture
 def connect(client: Client) -> Callable[..., Connection]:
     return lambda path, payload, to=client: Connection(to.app, path, payload)
 

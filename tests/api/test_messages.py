@@ -62,13 +62,11 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ask(make_client: Callable[..., Client]) -> Callable[..., tuple[Client, httpx.Response]]:
-    """A client with room for long answers, and its answer to a request answered with these texts."""
+def ask(talkative: Callable[..., Client]) -> Callable[..., tuple[Client, httpx.Response]]:
+    """A client, and its answer to a request answered with these texts."""
 
     def send(*replies: str, reasoning: str = "none", **options: Any) -> tuple[Client, httpx.Response]:
-        client = make_client(tool_call_parser="hermes", reasoning_parser=reasoning)
-        client.engine.replies = list(replies)
-        client.engine.served.max_len = 4000
+        client = talkative(*replies, reasoning=reasoning)
         return client, client.post(PATH, {"messages": HI, "max_tokens": 1000, **options})
 
     return send
