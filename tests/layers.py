@@ -20,13 +20,13 @@ FLOORS = (
     ("jaxserve",),  # the package's own __init__.py, which exports lazily
     ("jaxserve.serve", "jaxserve.plan", "jaxserve.batch", "jaxserve.async_llm"),
     ("jaxserve.api", "jaxserve.llm"),
-    ("jaxserve.engine",),
+    ("jaxserve.engine", "jaxserve.outputs"),
     ("jaxserve.runner",),
     ("jaxserve.weights",),
     ("jaxserve.models",),
     ("jaxserve.scheduler", "jaxserve.text", "jaxserve.sharding", "jaxserve.command_line"),
     ("jaxserve.config", "jaxserve.request", "jaxserve.media", "jaxserve.pooling"),
-    ("pallas_kernels", "jaxserve.errors", "jaxserve.metrics", "jaxserve.quant", "jaxserve.version"),
+    ("pallas_kernels", "jaxserve.errors", "jaxserve.metrics", "jaxserve.quant", "jaxserve.version", "jaxserve.vllm_options"),
 )
 FLOOR_OF = {unit: len(FLOORS) - index for index, units in enumerate(FLOORS) for unit in units}
 
@@ -36,6 +36,8 @@ ALLOWED_IN = {
     "transformers": ("jaxserve.text.tokenizer", "jaxserve.media", "jaxserve.weights.hf_config"),
     "starlette": ("jaxserve.api",),
     "llguidance": ("jaxserve.text.grammar",),
+    "numba": ("pallas_kernels",),
+    "llvmlite": ("pallas_kernels.native",),
     "torch": (),
 }
 # Units that load no jax, neither by themselves nor by what they import; and the libraries that load it.
@@ -48,6 +50,7 @@ WITHOUT_JAX = (
     "jaxserve.config",
     "jaxserve.command_line",
     "jaxserve.pooling",
+    "jaxserve.vllm_options",
 )
 LOADS_JAX = ("jax", "jaxlib", "flax", "orbax", "optax")
 READS_ENVIRONMENT = ("jaxserve.config",)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.linear import cut_param, matmul, size_of
+from jaxserve.models.linear import cut_param, size_of
 from jaxserve.models.spec import LearnedPositions
 from jaxserve.sharding import WHOLE, Split
+from pallas_kernels.matmul import matmul
 
 
 class Embed(nnx.Module):

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.linear import Linear, WholeParam, matmul, size_of
+from jaxserve.models.linear import Linear, WholeParam, size_of
 from jaxserve.models.mlp import Mlp, activate
 from jaxserve.models.mlp_spec import MlpSpec, MoeSpec, RouterSpec
 from jaxserve.sharding import WHOLE, Cut, Split
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.matmul import matmul
 
 
 class Moe(nnx.Module):

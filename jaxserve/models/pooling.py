@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.batch import Batch
-from jaxserve.models.linear import matmul
 from jaxserve.models.mlp import ACTIVATIONS
 from jaxserve.models.norm import Norm
 from jaxserve.models.spec import PoolLayerSpec, PoolMethod
+from pallas_kernels.matmul import matmul
 
 
 class PoolLayer(nnx.Module):

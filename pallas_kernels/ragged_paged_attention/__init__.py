@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.ragged_paged_attention import gpu, reference, tpu, xla
+from pallas_kernels.ragged_paged_attention import cpu, gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "cpu": cpu, "xla": xla, "reference": reference}
 
 
 def cache_shape(
@@ -34,5 +34,10 @@ def ragged_paged_attention(
     platform: str | None = None,
     **features: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    module = IMPLEMENTATIONS[dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)]
-    return module.ragged_paged_attention(q, k, v, pages, layer, **features)
+    chosen = dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)
+    if chosen == "cpu" and implementation is None:
+        try:
+            return cpu.ragged_paged_attention(q, k, v, pages, layer, **features)
+        except NotImplementedError:
+            chosen = "xla"  # which has the same cache
+    return IMPLEMENTATIONS[chosen].ragged_paged_attention(q, k, v, pages, layer, **features)

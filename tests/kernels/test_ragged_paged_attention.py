@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels.native.tiles import LANES
 from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.cases import CASES, FEATURES, Case, make_inputs
 
@@ -33,8 +35,13 @@ def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.stack([keys, values], axis=4).reshape(shape)
 
 
-REORDER = {"reference": lambda pages: pages, "xla": to_rows}
-RESTORE = {"reference": lambda pages, shape: pages, "xla": from_rows}
+REORDER = {"reference": lambda pages: pages, "xla": to_rows, "cpu": to_rows}
+RESTORE = {"reference": lambda pages, shape: pages, "xla": from_rows, "cpu": from_rows}
+
+
+def in_vectors(case: Case) -> Case:
+    """The case with sizes that the kernel for CPUs takes."""
+    return dataclasses.replace(case, head_size=2 * LANES if case.head_size < 16 else LANES, page_size=LANES)
 
 
 def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +108,40 @@ def test_xla_equals_reference(case: Case, feature: str) -> None:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("case", [in_vectors(case) for case in CASES], ids=lambda case: case.name)
+def test_cpu_equals_reference(case: Case, feature: str) -> None:
+    inputs = make_inputs(case, FEATURES[feature])
+    expected, expected_pages = run("reference", inputs)
+    out, pages = run("cpu", inputs)
+    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)  # float32, sums in another order
+    np.testing.assert_array_equal(pages, expected_pages)
+
+
+def test_cpu_gives_a_row_the_same_bits_in_any_company() -> None:
+    case = in_vectors(CASES[6])
+    inputs = make_inputs(case, FEATURES["all"])
+    together, _ = run("cpu", inputs)
+    for s, (count, _) in enumerate(case.rows):
+        first = int(inputs["query_start"][s])
+        alone = {name: inputs[name][first : first + count] for name in ("q", "k", "v")}
+        alone |= {"page_table": inputs["page_table"][s : s + 1], "kv_len": inputs["kv_len"][s : s + 1]}
+        if count:
+            out, _ = run("cpu", {**inputs, **alone, "query_start": np.array([0, count], np.int32)})
+            np.testing.assert_array_equal(out, together[first : first + count])
+
+
+def test_cpu_refuses_what_it_has_no_vectors_for_and_the_default_takes_it() -> None:
+    inputs = make_inputs(Case(name="small heads", rows=((3, 9),), head_size=12), {})
+    with pytest.raises(NotImplementedError, match="heads"):
+        run("cpu", inputs)
+    case = in_vectors(CASES[0])
+    inputs = make_inputs(case, {})
+    inputs["pages"] = jnp.zeros(inputs["pages"].shape, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="bfloat16"):
+        run("cpu", inputs)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.num_tokens < 80], ids=lambda case: case.name)
 def test_reference_equals_the_definition(case: Case, feature: str) -> None:
     inputs = make_inputs(case, FEATURES[feature])
@@ -120,9 +161,9 @@ def test_one_token_rows_changes_nothing(case: Case, feature: str) -> None:
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
 def test_other_layers_and_free_pages_stay_untouched(implementation: str) -> None:
-    case = CASES[3]
+    case = in_vectors(CASES[3])
     inputs = make_inputs(case, {})
     inputs["pages"] = np.nan_to_num(inputs["pages"], nan=7.0)
     _, pages = run(implementation, inputs)
@@ -144,14 +185,14 @@ def test_narrow_cache_stays_within_its_rounding(implementation: str, dtype: str,
     np.testing.assert_allclose(out, exact, atol=tolerance)  # values up to 3, rounded to 8, 4 and 7 bits
 
 
-@given(st.data())
-def test_xla_equals_reference_on_random_batches(data: st.DataObject) -> None:
-    rows = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=4, max_size=4))
-    case = Case(
-        name="random", rows=tuple((count, count + (before if count else 0)) for count, before in rows), padding=40 - sum(c for c, _ in rows)
-    )
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@given(data=st.data())
+def test_equals_reference_on_random_batches(implementation: str, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), min_size=4, max_size=4))
+    context = tuple((count, count + (before if count else 0)) for count, before in rows)
+    case = in_vectors(Case(name="random", rows=context, padding=40 - sum(count for count, _ in rows)))
     inputs = make_inputs(case, FEATURES["all"], seed=data.draw(st.integers(0, 99)))
     P = 6  # one shape for all examples
     inputs["page_table"] = np.pad(inputs["page_table"], ((0, 0), (0, P - inputs["page_table"].shape[1])))
     inputs["pages"] = np.pad(inputs["pages"], ((0, 0), (0, 24 - inputs["pages"].shape[1]), (0, 0), (0, 0), (0, 0)), constant_values=np.nan)
-    np.testing.assert_allclose(run("xla", inputs)[0], run("reference", inputs)[0], atol=2e-6, rtol=2e-5)
+    np.testing.assert_allclose(run(implementation, inputs)[0], run("reference", inputs)[0], atol=2e-6, rtol=2e-5)

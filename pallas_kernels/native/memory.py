@@ -1,0 +1,82 @@
+"""Memory by address, and atomic numbers, in functions that numba compiles. Addresses are int64, in bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+INT64 = types.int64
+_WORD = ir.IntType(64)
+
+
+def _pointer_to(element: types.Type) -> Any:
+    pointer = types.CPointer(element)
+
+    @intrinsic
+    def cast(typing_context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+        return pointer(INT64), codegen
+
+    return cast
+
+
+floats = _pointer_to(types.float32)  # floats(address)[i]
+ints = _pointer_to(types.int32)
+words = _pointer_to(types.int64)
+
+malloc = types.ExternalFunction("malloc", INT64(INT64))
+free = types.ExternalFunction("free", types.void(INT64))
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@intrinsic
+def fetch_add(typing_context: Any, address: Any, value: Any) -> Any:
+    """Adds to the int64 at an address, atomically; what was there before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _WORD.as_pointer()), args[1], "seq_cst")
+
+    return INT64(INT64, INT64), codegen
+
+
+@intrinsic
+def call(typing_context: Any, function: Any, argument: Any) -> Any:
+    """Calls the C function `int64 f(int64)` at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.FunctionType(_WORD, [_WORD]).as_pointer()
+        return builder.call(builder.inttoptr(args[0], pointer), [args[1]])
+
+    return INT64(INT64, INT64), codegen
+
+
+def address_of(symbol: str) -> Any:
+    """A function of no arguments that numba compiles: the address of a symbol of this process, resolved when the code is loaded."""
+
+    @intrinsic
+    def address(typing_context: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            existing = builder.module.globals.get(symbol)
+            target = existing or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_WORD]), symbol)
+            return builder.ptrtoint(target, _WORD)
+
+        return INT64(), codegen
+
+    return address
+
+
+@intrinsic
+def times_power_of_two(typing_context: Any, value: Any, exponent: Any) -> Any:
+    """value * 2**exponent, for exponents of normal numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = ir.IntType(32)
+        biased = builder.shl(builder.add(args[1], ir.Constant(bits, 127)), ir.Constant(bits, 23))
+        return builder.fmul(args[0], builder.bitcast(biased, ir.FloatType()))
+
+    return types.float32(types.float32, types.int32), codegen
