@@ -82,7 +82,7 @@ def compare_perplexity(llm: LLM, reference: Any, ids: list[int], args: argparse.
     ours: list[float] = []
     for result in llm.generate(windows, params, use_tqdm=False):
         assert result.prompt_logprobs is not None
-        ours += [entry.logprob for entry in result.prompt_logprobs if entry is not None]
+        ours += [next(iter(position.values())).logprob for position in result.prompt_logprobs if position is not None]
     theirs: list[float] = []
     for window in windows:
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Checkpoints in GGUF files, dequantized as they are read.
 
 1. The metadata says which architecture it is and which rows llama.cpp reordered; the tensor table says where the tensors lie.
-2. Tensors go by Hugging Face's names, their rows in Hugging Face's order.
+2. Tensors go by llama.cpp's names, one for each part of a model whatever its architecture, their rows in Hugging Face's order.
 3. A tensor is dequantized out of the mapped file when asked for, a piece that fits the processor's cache at a time.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.text.gguf_metadata import read_gguf_metadata
-from jaxserve.weights.gguf_config import ROPE_FREQS, check_architecture, gguf_config, has_added_one, hf_name, rotated_heads
+from jaxserve.weights.gguf_config import ROPE_TENSORS, check_architecture, common_name, gguf_config, has_added_one, rotated_heads
 from jaxserve.weights.gguf_header import GgufTensor, read_tensor_table
 from jaxserve.weights.tensors import Checkpoint, TensorInfo, raise_problems
 
@@ -57,7 +57,7 @@ class _File:
 
 
 class GgufCheckpoint(Checkpoint):
-    """Tensors of a GGUF file or of its shards, by Hugging Face's names; `own_shapes` has them by the names in the file."""
+    """Tensors of a GGUF file or of its shards, by common names; `own_shapes` has them by the names in the file."""
 
     def __init__(self, path: pathlib.Path, files: list[_File], metadata: Mapping[str, Any], problems: list[str]) -> None:
         self._files = files
@@ -68,7 +68,7 @@ class GgufCheckpoint(Checkpoint):
         supported = {kind: _can_read(kind) for kind in {tensor.kind for file in files for tensor in file.tensors.values()}}
         for file in files:
             for own_name, tensor in file.tensors.items():
-                name = hf_name(own_name, metadata)
+                name = common_name(own_name, metadata, self.own_shapes)
                 if not supported[tensor.kind]:
                     problems.append(f"{own_name} has type {tensor.kind.name}, which the gguf package cannot dequantize")
                 if name in self._places:
@@ -152,8 +152,8 @@ def read_gguf_config(path: pathlib.Path) -> HfConfig:
     """
     metadata = _metadata(path)
     with open_gguf(path) as checkpoint:
-        rope_freqs = checkpoint.read(ROPE_FREQS).astype(np.float32) if ROPE_FREQS in checkpoint.tensors else None
-    return gguf_config(metadata, checkpoint.own_shapes, rope_freqs, path.name)
+        rope = {name: checkpoint.read(name).astype(np.float32) for name in ROPE_TENSORS if name in checkpoint.tensors}
+    return gguf_config(metadata, checkpoint.own_shapes, rope, path.name)
 
 
 def _metadata(path: pathlib.Path) -> dict[str, Any]:

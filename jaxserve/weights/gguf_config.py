@@ -1,34 +1,28 @@
 """What a GGUF file says about its model, in Hugging Face's words: the keys of config.json and the names of tensors.
 
-1. A table per architecture says which tensors are which; an architecture that is not in it is refused.
+1. A table says by architecture how it differs from Llama; an architecture that is not in it is refused.
 2. Every metadata key of the architecture is translated, known to be harmless, or refused by name and value.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
-from jaxserve.weights.gguf_families import GGUF_FAMILIES, GgufFamily
+from jaxserve.weights.gguf_moe_families import GGUF_FAMILIES
+from jaxserve.weights.gguf_names import EMBEDDING, LONG_FACTORS, ROPE_FREQS, SHORT_FACTORS
 from jaxserve.weights.gguf_reader import GgufReader
 
-_MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
 _LAYER = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)", re.ASCII)
-_MODEL = re.compile(r"(\w+)\.(weight|bias)", re.ASCII)
-# Where the attention's rotary frequencies are kept when they are not powers of a base; not a parameter.
-ROPE_FREQS = "rope_freqs.weight"
 # The original Llama 3.1 scaling, as all published models of it have it; the file keeps only its effect.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE_TENSORS = (ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS)
+"""Tensors that are no parameters, but say by what rotary frequencies are divided."""
 
 
 def check_architecture(metadata: Mapping[str, Any]) -> str:
@@ -42,17 +36,17 @@ def check_architecture(metadata: Mapping[str, Any]) -> str:
     return name
 
 
-def hf_name(name: str, metadata: Mapping[str, Any]) -> str:
-    """Hugging Face's name of a tensor; what has none there keeps its own."""
-    if match := _LAYER.fullmatch(name):
-        layer, part, leaf = match.groups()
-        if part == "ffn_gate_inp_shexp":  # one output, so that the file has a vector where Hugging Face has a matrix
-            return f"model.layers.{int(layer)}.mlp.shared_expert_gate.vector"
-        names = {**_LAYER_NAMES, **GGUF_FAMILIES[check_architecture(metadata)].layer_names}
-        return f"model.layers.{int(layer)}.{names[part]}.{leaf}" if part in names else name
-    if (match := _MODEL.fullmatch(name)) and match[1] in _MODEL_NAMES:
-        return f"{_MODEL_NAMES[match[1]]}.{match[2]}"
-    return name
+def common_name(name: str, metadata: Mapping[str, Any], names: Collection[str]) -> str:
+    """What most architectures call a tensor.
+
+    Args:
+      names: of all tensors of the file.
+    """
+    renamed = GGUF_FAMILIES[check_architecture(metadata)].renamed
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] not in renamed or any(f"blk.{match[1]}.{part}.weight" not in names for part in renamed):
+        return name
+    return f"blk.{match[1]}.{renamed[match[2]]}.{match[3]}"
 
 
 def rotated_heads(name: str, metadata: Mapping[str, Any]) -> int | None:
@@ -63,7 +57,7 @@ def rotated_heads(name: str, metadata: Mapping[str, Any]) -> int | None:
     match = _LAYER.fullmatch(name)
     if match is None or match[2] not in ("attn_q", "attn_k") or not GGUF_FAMILIES[check_architecture(metadata)].has_interleaved_heads:
         return None
-    reader = _reader(metadata)
+    reader = GgufReader(metadata, check_architecture(metadata))
     num_heads = reader.count("attention.head_count")
     return num_heads if match[2] == "attn_q" else reader.count("attention.head_count_kv", num_heads)
 
@@ -73,28 +67,30 @@ def has_added_one(name: str, metadata: Mapping[str, Any]) -> bool:
     return name.endswith("_norm.weight") and GGUF_FAMILIES[check_architecture(metadata)].has_norms_plus_one
 
 
-def _reader(metadata: Mapping[str, Any]) -> GgufReader:
-    return GgufReader(metadata, check_architecture(metadata))
-
-
-def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_freqs: np.ndarray | None, source: str) -> HfConfig:
+def gguf_config(
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_tensors: Mapping[str, np.ndarray], source: str
+) -> HfConfig:
     """The config.json that the model had before it became a GGUF file.
 
     Args:
       metadata: key -> value; of the tokenizer only the ids are needed.
       shapes: of the tensors, by their names in the file.
-      rope_freqs: f32[head size / 2], the tensor of that name if there is one.
+      rope_tensors: f32[rotated features / 2] each, those of ROPE_TENSORS that there are.
     Raises: ConfigError naming what is missing, ill-typed or not understood.
     """
-    reader, family = _reader(metadata), GGUF_FAMILIES[check_architecture(metadata)]
+    name = check_architecture(metadata)
+    reader, family = GgufReader(metadata, name, shapes), GGUF_FAMILIES[name]
     width, num_heads = reader.count("embedding_length"), reader.count("attention.head_count")
     head_size = reader.count("attention.key_length", width // max(num_heads, 1))
-    if reader.count("attention.value_length", head_size) != head_size:
+    if reader.count("attention.value_length", head_size) != head_size and not reader.has("attention.kv_lora_rank"):
         raise ConfigError(f"{source}: values of a size other than the keys' {head_size} are not supported")
     rotary = reader.count("rope.dimension_count", head_size)
+    is_rms = reader.has("attention.layer_norm_rms_epsilon")
+    other_eps = reader.number("attention.layer_norm_epsilon", 1e-5 if is_rms else None)
+    tokens = _token_ids(metadata)
     values: dict[str, Any] = {
         "architectures": [family.architecture],
-        "model_type": check_architecture(metadata),
+        "model_type": name,
         "hidden_size": width,
         "intermediate_size": reader.count("feed_forward_length"),
         "num_hidden_layers": _num_layers(reader, shapes, source),
@@ -102,30 +98,19 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         "num_key_value_heads": reader.count("attention.head_count_kv", num_heads),
         "head_dim": head_size,
         "hidden_act": "silu",
-        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon") if is_rms else other_eps,
         "max_position_embeddings": reader.count("context_length"),
         "vocab_size": _vocab_size(shapes, source),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "rope_parameters": _rope_parameters(reader, head_size, rope_freqs),
+        "rope_parameters": _rope_parameters(reader, rotary, rope_tensors),
+        "partial_rotary_factor": rotary / head_size,
         "sliding_window": reader.count("attention.sliding_window", 0) or None,
-        "attention_bias": any(re.fullmatch(r"blk\.\d+\.attn_(q|k|v|output)\.bias", name) for name in shapes),
+        "attention_bias": any(re.fullmatch(r"blk\.\d+\.attn_(q|k|v|qkv|output)\.bias", name) for name in shapes),
         "mlp_bias": any(re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)\.bias", name) for name in shapes),
     }
-    if rotary != head_size:
-        values["partial_rotary_factor"] = rotary / head_size
-    values = _translated(reader, family, values, source)
+    values = family.values(reader, values)
     reader.refuse_unread(source)
-    tokens = _token_ids(metadata)
     return HfConfig(values | tokens, generation=tokens, source=source)
-
-
-def _translated(reader: GgufReader, family: GgufFamily, values: dict[str, Any], source: str) -> dict[str, Any]:
-    """The values as the family's own config.json has them."""
-    num_experts = reader.count("expert_count", 0)
-    if num_experts and family.experts is None:
-        raise ConfigError(f"{source}: experts (expert_count={num_experts}) are not supported in GGUF files for {family.architecture}")
-    translate = family.experts if num_experts else family.config
-    return values if translate is None else translate(reader, values)
 
 
 def _num_layers(reader: GgufReader, shapes: Mapping[str, tuple[int, ...]], source: str) -> int:
@@ -137,36 +122,43 @@ def _num_layers(reader: GgufReader, shapes: Mapping[str, tuple[int, ...]], sourc
 
 
 def _vocab_size(shapes: Mapping[str, tuple[int, ...]], source: str) -> int:
-    shape = shapes.get("token_embd.weight")
+    shape = shapes.get(EMBEDDING)
     if shape is None or len(shape) != 2:
         raise ConfigError(f"{source} has no matrix token_embd.weight")
     return shape[0]
 
 
-def _rope_parameters(reader: GgufReader, head_size: int, rope_freqs: np.ndarray | None) -> dict[str, Any]:
+def _rope_parameters(reader: GgufReader, rotary: int, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     theta = reader.number("rope.freq_base", 10_000.0)
     kind = reader.text("rope.scaling.type", "none")
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 1.0))
     original_len = reader.count("rope.scaling.original_context_length", 0)
+    attention_factor = reader.number_or_none("rope.scaling.attn_factor") or reader.number_or_none("rope.scaling.yarn_attn_factor")
+    ramp = {key: reader.number_or_none(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
     reader.text("rope.scaling.finetuned", "")
-    if rope_freqs is not None:
-        return _llama3_scaling(rope_freqs, theta, head_size)
     rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
-    if kind not in ("none", "linear"):
-        rope |= {"rope_type": kind, "factor": factor}
-        return rope | ({"original_max_position_embeddings": original_len} if original_len else {})
-    if kind == "linear" and factor != 1:
+    if ROPE_FREQS in tensors:
+        return _llama3_scaling(tensors[ROPE_FREQS], theta, rotary)
+    if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
+        factors = {"long_factor": tensors[LONG_FACTORS], "short_factor": tensors[SHORT_FACTORS]}
+        rope |= {"rope_type": "longrope", **{key: [float(str(value)) for value in values] for key, values in factors.items()}}
+    elif kind == "linear" and factor != 1:
         rope |= {"rope_type": "linear", "factor": factor}
-    return rope
+    elif kind not in ("none", "linear"):
+        rope |= {"rope_type": kind, "factor": factor}
+    if rope["rope_type"] in ("default", "linear"):
+        return rope
+    given = {"original_max_position_embeddings": original_len or None, "attention_factor": attention_factor, **ramp}
+    return rope | {key: value for key, value in given.items() if value is not None}
 
 
-def _llama3_scaling(divisors: np.ndarray, theta: float, head_size: int) -> dict[str, Any]:
+def _llama3_scaling(divisors: np.ndarray, theta: float, rotary: int) -> dict[str, Any]:
     """The scaling whose effect on each frequency is to divide it by its entry of `divisors`.
 
     Raises: ConfigError if it is not Llama 3.1's.
     """
     factor = round(float(divisors.max()), 4)
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_size, 2) / head_size)
+    wavelength = 2 * np.pi * theta ** (np.arange(0, rotary, 2) / rotary)
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     if divisors.shape == wavelength.shape and factor >= 1:
         smooth = np.clip((_LLAMA3["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)

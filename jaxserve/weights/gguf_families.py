@@ -1,8 +1,12 @@
-"""How GGUF files of other architectures differ from Llama's."""
+"""How GGUF files of other architectures differ from Llama's: the keys of their configs, and what the converter did to tensors.
+
+Source: the conversion and the graphs of llama.cpp, an architecture at a time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 from jaxserve.weights.gguf_reader import GgufReader
 
 Values = dict[str, Any]
+Further = Callable[[GgufReader, Values], Values]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,69 +23,71 @@ class GgufFamily:
 
     Args:
       architecture: Hugging Face's name for it.
-      layer_names: tensor in a layer -> Hugging Face's name, where it is not Llama's.
+      renamed: tensors of a layer -> what other architectures call the same part, in layers that have all of them.
       has_interleaved_heads: the rows of queries and keys are reordered so that neighbours rotate together.
       has_norms_plus_one: norms are stored with the 1 that Hugging Face's model adds itself.
-      config: makes config.json of the values that a Llama would have.
-      experts: does so instead if the file has experts; without it such files are refused.
+      keys: Llama's key of config.json -> the family's.
+      fixed: what the family's config.json says of all its models; None takes out what a Llama's would say.
+      config: what else is in config.json, of the file and of the values that a Llama would have.
     """
 
     architecture: str
-    layer_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     has_interleaved_heads: bool = False
     has_norms_plus_one: bool = False
-    config: Callable[[GgufReader, Values], Values] | None = None
-    experts: Callable[[GgufReader, Values], Values] | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Further | None = None
+
+    def values(self, reader: GgufReader, values: Values) -> Values:
+        """The config.json of the family, given a Llama's."""
+        found = {self.keys.get(key, key): value for key, value in values.items()} | dict(self.fixed)
+        found |= self.config(reader, values) if self.config else {}
+        return {key: value for key, value in found.items() if value is not None}
 
 
-def _qwen2(reader: GgufReader, values: Values) -> Values:
-    return values | {"attention_bias": False}  # the family has biases on queries, keys and values without being told
+def has_in_layer(reader: GgufReader, name: str) -> bool:
+    """Whether the first layer has a tensor."""
+    return reader.has_tensor(f"blk.0.{name}")
 
 
-def _mixtral(reader: GgufReader, values: Values) -> Values:
-    kept = {key: value for key, value in values.items() if key != "mlp_bias"}
-    return kept | {"architectures": ["MixtralForCausalLM"], "num_local_experts": reader.count("expert_count"), **_top_k(reader)}
+def layer_types(reader: GgufReader, values: Values) -> Values:
+    """Which layers have a window, as the file lists them."""
+    flags = reader.flags("attention.sliding_window_pattern", values["num_hidden_layers"])
+    return {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in flags]}
 
 
-def _qwen2_moe(reader: GgufReader, values: Values) -> Values:
-    shared = {"shared_expert_intermediate_size": reader.count("expert_shared_feed_forward_length")}
-    return _small_experts(reader, values) | shared | {"qkv_bias": values["attention_bias"], "attention_bias": False}
+def _windows(reader: GgufReader, values: Values) -> Values:
+    return layer_types(reader, values) if values["sliding_window"] else {}
 
 
-def _qwen3_moe(reader: GgufReader, values: Values) -> Values:
-    return _small_experts(reader, values) | {"norm_topk_prob": True}  # the file does not say, but all published ones are
-
-
-def _small_experts(reader: GgufReader, values: Values) -> Values:
-    width = reader.count("expert_feed_forward_length")
-    return values | {"num_experts": reader.count("expert_count"), "moe_intermediate_size": width, **_top_k(reader)}
-
-
-def _top_k(reader: GgufReader) -> Values:
-    return {"num_experts_per_tok": reader.count("expert_used_count")}
-
-
-def _gemma(reader: GgufReader, values: Values) -> Values:
-    dropped = ("hidden_act", "mlp_bias", "sliding_window")
-    return {key: value for key, value in values.items() if key not in dropped} | {"hidden_activation": "gelu_pytorch_tanh"}
+def _olmo2(reader: GgufReader, values: Values) -> Values:
+    """OLMo 3 is an OLMo 2 with windows here."""
+    if not values["sliding_window"]:
+        return {}
+    rope = values["rope_parameters"]
+    if reader.has("rope.freq_base_swa"):
+        local = {"rope_type": "default", "rope_theta": reader.number("rope.freq_base_swa")}
+        rope = {"sliding_attention": local, "full_attention": rope}
+    return {"architectures": ["Olmo3ForCausalLM"], "rope_parameters": rope, **layer_types(reader, values)}
 
 
 def _gemma2(reader: GgufReader, values: Values) -> Values:
-    capped = {
+    return {
         "attn_logit_softcapping": reader.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": reader.number("final_logit_softcapping", 30.0),
+        "sliding_window": reader.count("attention.sliding_window", 4096),
+        **_query_scalar(values, num_layers_of_27b=46),
     }
-    window = {"sliding_window": reader.count("attention.sliding_window", 4096)}
-    return _gemma(reader, values) | capped | window | _query_scalar(values, num_layers_of_27b=46)
 
 
 def _gemma3(reader: GgufReader, values: Values) -> Values:
-    window = {
+    return {
         "sliding_window": reader.count("attention.sliding_window"),
         "sliding_window_pattern": reader.count("attention.sliding_window_pattern", 6),
         "rope_local_base_freq": reader.number("rope.freq_base_swa", 10_000.0),
+        **_query_scalar(values, num_layers_of_27b=62),
     }
-    return _gemma(reader, values) | window | _query_scalar(values, num_layers_of_27b=62)
 
 
 def _query_scalar(values: Values, num_layers_of_27b: int) -> Values:
@@ -90,29 +97,145 @@ def _query_scalar(values: Values, num_layers_of_27b: int) -> Values:
     return {"query_pre_attn_scalar": float(values["head_dim"])}
 
 
-_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-_MIXTRAL = {
-    "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.w1", "ffn_up_exps": "block_sparse_moe.experts.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.w2",
-}  # fmt: skip
-_EXPERTS = {
-    "ffn_gate_inp": "mlp.gate", "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj", "ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}  # fmt: skip
-GGUF_FAMILIES: Mapping[str, GgufFamily] = types.MappingProxyType(
-    {
-        "llama": GgufFamily(architecture="LlamaForCausalLM", layer_names=_MIXTRAL, has_interleaved_heads=True, experts=_mixtral),
-        "qwen2": GgufFamily(architecture="Qwen2ForCausalLM", config=_qwen2),
-        "qwen3": GgufFamily(architecture="Qwen3ForCausalLM", layer_names=_QK_NORMS),
-        "qwen2moe": GgufFamily(architecture="Qwen2MoeForCausalLM", layer_names=_EXPERTS, experts=_qwen2_moe),
-        "qwen3moe": GgufFamily(architecture="Qwen3MoeForCausalLM", layer_names=_EXPERTS | _QK_NORMS, experts=_qwen3_moe),
-        "gemma": GgufFamily(architecture="GemmaForCausalLM", has_norms_plus_one=True, config=_gemma),
-        "gemma2": GgufFamily(architecture="Gemma2ForCausalLM", layer_names=_SANDWICH, has_norms_plus_one=True, config=_gemma2),
-        "gemma3": GgufFamily(architecture="Gemma3ForCausalLM", layer_names=_QK_NORMS | _SANDWICH, has_norms_plus_one=True, config=_gemma3),
+def _starcoder2(reader: GgufReader, values: Values) -> Values:
+    return {"use_bias": values["attention_bias"]}
+
+
+def _falcon(reader: GgufReader, values: Values) -> Values:
+    num_norms = 2 if has_in_layer(reader, "attn_norm_2.weight") else 1
+    is_new = num_norms == 2 or values["num_key_value_heads"] > 1
+    return {"new_decoder_architecture": is_new, **({"num_ln_in_parallel_attn": num_norms} if is_new else {})}
+
+
+def _mpt(reader: GgufReader, values: Values) -> Values:
+    num_heads, num_kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    alibi_bias_max, clip = reader.number_or_none("attention.max_alibi_bias"), reader.number_or_none("attention.clamp_kqv")
+    attention = {
+        "alibi": alibi_bias_max is not None, "alibi_bias_max": alibi_bias_max, "clip_qkv": clip, "kv_n_heads": num_kv_heads,
+        "attn_type": "multihead_attention" if num_kv_heads == num_heads else "grouped_query_attention",
+        "qk_ln": has_in_layer(reader, "attn_q_norm.weight"),
+    }  # fmt: skip
+    return {
+        "attn_config": {key: value for key, value in attention.items() if value is not None},
+        "ffn_config": {"ffn_hidden_size": values["intermediate_size"]},
+        "learned_pos_emb": reader.has_tensor("position_embd.weight"),
+        "no_bias": not has_in_layer(reader, "attn_norm.bias"),
     }
-)
+
+
+def _parallel(reader: GgufReader, values: Values) -> Values:
+    return {"use_parallel_residual": reader.flag("use_parallel_residual", True)}
+
+
+def _stablelm(reader: GgufReader, values: Values) -> Values:
+    norms = {"qk_layernorm": has_in_layer(reader, "attn_q_norm.weight")}
+    return _parallel(reader, values) | norms | {"use_qkv_bias": values["attention_bias"]}
+
+
+def _cohere(reader: GgufReader, values: Values) -> Values:
+    return {"logit_scale": reader.number("logit_scale"), "use_qk_norm": has_in_layer(reader, "attn_q_norm.weight") or None}
+
+
+def _olmo(reader: GgufReader, values: Values) -> Values:
+    return {"clip_qkv": reader.number_or_none("attention.clamp_kqv")}
+
+
+def _seed_oss(reader: GgufReader, values: Values) -> Values:
+    return {"attention_out_bias": has_in_layer(reader, "attn_output.bias")}
+
+
+def granite_config(reader: GgufReader, values: Values) -> Values:
+    """The multipliers, each of which is 1 if the file has none."""
+    return {
+        "attention_multiplier": reader.number("attention.scale", values["head_dim"] ** -0.5),
+        "embedding_multiplier": reader.number("embedding_scale", 1.0),
+        "residual_multiplier": reader.number("residual_scale", 1.0),
+        "logits_scaling": reader.number("logit_scale", 1.0),
+    }
+
+
+def _minicpm(reader: GgufReader, values: Values) -> Values:
+    """What the config derives from the depth and the width, derived back; llama.cpp has the numbers of the 2B model for old files."""
+    width, num_layers = values["hidden_size"], values["num_hidden_layers"]
+    return {
+        "scale_emb": reader.number("embedding_scale", 12.0),
+        "scale_depth": reader.number("residual_scale", 1.4 / math.sqrt(num_layers)) * math.sqrt(num_layers),
+        "dim_model_base": width / reader.number("logit_scale", width / 256),
+    }
+
+
+_BARE = {
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "hidden_act": None,
+    "rope_parameters": None,
+    "attention_bias": None,
+    "mlp_bias": None,
+}
+_GPT2_KEYS = {
+    "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions", "rms_norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
+_LAYER_NORM = {"rms_norm_eps": "layer_norm_eps"}
+_GEMMA = {"hidden_act": None, "mlp_bias": None, "sliding_window": None, "hidden_activation": "gelu_pytorch_tanh"}
+_POST = {"post_attention_norm": "attn_norm", "post_ffw_norm": "ffn_norm"}
+_MPT_KEYS = {
+    "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers", "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+}  # fmt: skip
+
+DENSE: Mapping[str, GgufFamily] = types.MappingProxyType(
+    {
+        # The family has biases on queries, keys and values without being told.
+        "qwen2": GgufFamily(architecture="Qwen2ForCausalLM", fixed={"attention_bias": False}),
+        "qwen3": GgufFamily(architecture="Qwen3ForCausalLM"),
+        "gemma": GgufFamily(architecture="GemmaForCausalLM", has_norms_plus_one=True, fixed=_GEMMA),
+        "gemma2": GgufFamily(architecture="Gemma2ForCausalLM", has_norms_plus_one=True, fixed=_GEMMA, config=_gemma2),
+        "gemma3": GgufFamily(architecture="Gemma3ForCausalLM", has_norms_plus_one=True, fixed=_GEMMA, config=_gemma3),
+        "phi2": GgufFamily(architecture="PhiForCausalLM", keys=_LAYER_NORM, fixed={"hidden_act": "gelu_new"}),
+        "phi3": GgufFamily(architecture="Phi3ForCausalLM"),
+        "gpt2": GgufFamily(architecture="GPT2LMHeadModel", keys=_GPT2_KEYS, fixed=_BARE),
+        "starcoder": GgufFamily(
+            architecture="GPTBigCodeForCausalLM", keys=_GPT2_KEYS, fixed=_BARE,
+            config=lambda reader, values: {"multi_query": values["num_key_value_heads"] == 1},
+        ),
+        "starcoder2": GgufFamily(
+            architecture="Starcoder2ForCausalLM", keys={"rms_norm_eps": "norm_epsilon"}, fixed={"hidden_act": "gelu_pytorch_tanh"},
+            config=_starcoder2,
+        ),
+        "gptneox": GgufFamily(architecture="GPTNeoXForCausalLM", keys=_LAYER_NORM, fixed={"hidden_act": "gelu"}, config=_parallel),
+        "bloom": GgufFamily(
+            architecture="BloomForCausalLM", fixed=_BARE | {"intermediate_size": None},
+            keys={
+                "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "max_position_embeddings": "seq_length",
+                "rms_norm_eps": "layer_norm_epsilon",
+            },
+        ),
+        "falcon": GgufFamily(
+            architecture="FalconForCausalLM", renamed={"attn_norm": "ffn_norm", "attn_norm_2": "attn_norm"}, config=_falcon,
+            keys={"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size", "rms_norm_eps": "layer_norm_epsilon"},
+            fixed={"head_dim": None, "hidden_act": None, "attention_bias": None, "mlp_bias": None},
+        ),
+        "mpt": GgufFamily(architecture="MPTForCausalLM", keys=_MPT_KEYS, fixed=_BARE | {"intermediate_size": None}, config=_mpt),
+        "stablelm": GgufFamily(architecture="StableLmForCausalLM", keys=_LAYER_NORM, config=_stablelm),
+        "command-r": GgufFamily(architecture="CohereForCausalLM", keys=_LAYER_NORM, config=_cohere),
+        "cohere2": GgufFamily(architecture="Cohere2ForCausalLM", keys=_LAYER_NORM, config=_cohere),
+        "olmo": GgufFamily(architecture="OlmoForCausalLM", has_interleaved_heads=True, config=_olmo),
+        "olmo2": GgufFamily(architecture="Olmo2ForCausalLM", renamed=_POST, config=_olmo2),
+        "nemotron": GgufFamily(
+            architecture="NemotronForCausalLM", has_norms_plus_one=True, keys={"rms_norm_eps": "norm_eps"}, fixed={"hidden_act": "relu2"}
+        ),
+        "exaone": GgufFamily(
+            architecture="ExaoneForCausalLM", fixed={"mlp_bias": None},
+            keys={"num_hidden_layers": "num_layers", "hidden_act": "activation_function", "rms_norm_eps": "layer_norm_epsilon"},
+        ),
+        "exaone4": GgufFamily(architecture="Exaone4ForCausalLM", renamed=_POST, config=_windows),
+        "internlm2": GgufFamily(architecture="InternLM2ForCausalLM", has_interleaved_heads=True),
+        "minicpm": GgufFamily(architecture="MiniCPMForCausalLM", has_interleaved_heads=True, config=_minicpm),
+        "granite": GgufFamily(architecture="GraniteForCausalLM", has_interleaved_heads=True, config=granite_config),
+        "arcee": GgufFamily(architecture="ArceeForCausalLM", has_interleaved_heads=True, fixed={"hidden_act": "relu2"}),
+        "smollm3": GgufFamily(architecture="SmolLM3ForCausalLM", has_interleaved_heads=True),
+        "seed_oss": GgufFamily(architecture="SeedOssForCausalLM", renamed={"post_attention_norm": "ffn_norm"}, config=_seed_oss),
+        "glm4": GgufFamily(architecture="Glm4ForCausalLM"),
+    }
+)  # fmt: skip

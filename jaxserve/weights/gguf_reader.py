@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,22 @@ class GgufReader:
 
     Args:
       architecture: what the keys begin with.
+      tensors: names of the file's tensors, some of which say more than the metadata.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, tensors: Collection[str] = ()) -> None:
         self._metadata = metadata
         self._prefix = f"{architecture}."
+        self._tensors = tensors
         self._read: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        """Whether the file has the key; looking does not count as reading."""
+        return self._prefix + key in self._metadata
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has a tensor of this name."""
+        return name in self._tensors
 
     def count(self, key: str, default: int | None = None) -> int:
         """A number of things; a list of equal ones, one a layer, counts as one."""
@@ -42,6 +52,24 @@ class GgufReader:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise self._error(key, value, "a positive number")
         return float(str(np.float32(value)))
+
+    def number_or_none(self, key: str) -> float | None:
+        """A positive number; None if the file has none, or 0 for it."""
+        return self.number(key) if self._get(key, 0) else None
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Whether something is so."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._error(key, value, "true or false")
+        return value
+
+    def flags(self, key: str, count: int) -> list[bool]:
+        """Whether something is so, for each of `count` layers."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or len(value) != count or not all(isinstance(item, bool) for item in value):
+            raise self._error(key, value, f"a list of {count} times true or false")
+        return value
 
     def text(self, key: str, default: str) -> str:
         """A word, or a flag as one."""

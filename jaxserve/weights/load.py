@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import re
+import threading
 from collections.abc import Callable, Mapping
 
 import jax
@@ -18,9 +20,13 @@ from jaxserve.models.params import Params
 from jaxserve.models.spec import LayerGroup
 from jaxserve.sharding import Piece, Placement
 from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.gguf_names import named_as_stored
 from jaxserve.weights.place import PlacedParam, take
+from jaxserve.weights.tensors import empty
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
+
+READERS = 4  # a disk and a memory of a server keep up with as many
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +60,9 @@ class Source:
             return () if rest else dims[1:] if num_rows == 1 else (num_rows, *dims[1:])
         match self.layout:
             case "transposed":
-                return dims[::-1]
+                return *dims[:-2], *dims[:-3:-1]
             case "stacked":
-                return (1, *dims)
+                return dims if len(dims) == 2 else (1, *dims)
             case "head_starts" | "head_ends":
                 fits = len(dims) == 2 and dims[0] % self.heads[0] == 0 and dims[0] // self.heads[0] >= self.rows_a_head
                 return (self.heads[0], self.rows_a_head, dims[1]) if fits else ()
@@ -151,32 +157,56 @@ def load_params(
     *,
     progress: Callable[[int, int], None],
     placements: Mapping[str, Placement] | None = None,
+    num_readers: int = READERS,
 ) -> Params:
     """Read every parameter onto the devices of this process.
 
-    On the host there is never more than one part at a time, of one layer or of one expert, beside what a CPU device holds.
+    On the host there is never more than one part for each reader at a time, of one layer or of one expert, beside what a CPU device holds.
 
     Args:
       shapes: of the whole parameters.
       placements: where each lies and which share of it each device has; default: all of them on the first device.
-      progress: called with (bytes done, bytes in all) after each tensor.
+      progress: called with (bytes done, bytes in all) after each tensor, from one thread at a time.
+      num_readers: threads, each with a parameter of its own.
     Raises: ConfigError listing every tensor that does not fit.
     """
+    family = named_as_stored(family, checkpoint.tensors)
     wanted = sources(checkpoint, shapes, groups, family)
     check_tensors(checkpoint, shapes, wanted, family)
-    total = sum(_size(leaf) for leaf in shapes.values())
-    done = 0
-    params: Params = {}
-    for path, parts in wanted.items():
+    tally = _Tally(sum(_size(leaf) for leaf in shapes.values()), progress)
+
+    def place(path: str) -> jax.Array:
         leaf, num_leading = shapes[path], _num_leading(path, family)
         placed = PlacedParam(leaf, num_leading, _on_one_device() if placements is None else placements[path])
-        for n, source in enumerate(parts):
+        for n, source in enumerate(wanted[path]):
             part = tuple(int(i) for i in np.unravel_index(n, leaf.shape[:num_leading]))
             placed.put(part, functools.partial(_read_rows, checkpoint, source, leaf.dtype))
-            progress(done + _size(leaf) * (n + 1) // len(parts), total)
-        done += _size(leaf)
-        params[path] = placed.array()
+            tally.add(_size(leaf) // len(wanted[path]))
+        return placed.array()
+
+    with concurrent.futures.ThreadPoolExecutor(num_readers, thread_name_prefix="read") as pool:
+        placing = {path: pool.submit(place, path) for path in wanted}
+        try:
+            params = {path: future.result() for path, future in placing.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+    tally.finish()
     return params
+
+
+class _Tally:
+    """Bytes that all readers have placed, told one after the other."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self._total, self._progress, self._done, self._lock = total, progress, 0, threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._progress(self._done, self._total)
+
+    def finish(self) -> None:
+        self._progress(self._total, self._total)
 
 
 def _on_one_device() -> Placement:
@@ -192,13 +222,15 @@ def _num_leading(path: str, family: Family) -> int:
 
 def _read_rows(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype, rows: tuple[Piece, ...] | None) -> np.ndarray:
     """A part, or pieces of its rows; where tensors are stored as parameters are, the other rows are not read."""
-    if rows is None:
-        return _read(checkpoint, source, dtype)
     if source.layout != "rows" or source.expert is not None:
-        return take(_read(checkpoint, source, dtype), rows, 0)
+        whole = _read(checkpoint, source, dtype)
+        return whole if rows is None else take(whole, rows, 0)
     shape = source.shape(checkpoint)
     assert shape is not None, f"{source=}"
-    joined, at = np.zeros((sum(piece.size for piece in rows), *shape[1:]), dtype), 0
+    if not shape:
+        return checkpoint.read(source.names[0]).astype(dtype)
+    rows = rows or (Piece(0, shape[0]),)
+    joined, at = empty((sum(piece.size for piece in rows), *shape[1:]), dtype), 0
     for piece in rows:
         first = 0
         for name in source.names:
@@ -206,13 +238,15 @@ def _read_rows(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype, rows: t
             start, stop = max(piece.start - first, 0), min(piece.stop - first, num_rows)
             if start < stop:
                 here = at + first + start - piece.start
-                joined[here : here + stop - start] = checkpoint.read_rows(name, start, stop)
+                checkpoint.read_into(name, start, joined[here : here + stop - start])
             first += num_rows
+        joined[at + piece.stop - piece.start : at + piece.size] = 0  # padding
         at += piece.size
     return joined
 
 
 def _read(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype) -> np.ndarray:
+    """A part that is not stored as parameters are."""
     shape = source.shape(checkpoint)
     assert shape is not None, f"{source=}"
     is_out_in = source.layout in ("expert", "expert_pairs")
@@ -228,7 +262,9 @@ def _read(checkpoint: Checkpoint, source: Source, dtype: jnp.dtype) -> np.ndarra
         joined = joined.T
     if source.layout.endswith("pairs"):
         joined = np.concatenate([joined[..., ::2], joined[..., 1::2]], axis=-1)
-    return np.ascontiguousarray(joined.astype(dtype, copy=False))
+    out = empty(joined.shape, dtype)
+    out[...] = joined
+    return out
 
 
 def _read_one(checkpoint: Checkpoint, source: Source, name: str) -> np.ndarray:
@@ -240,9 +276,9 @@ def _read_one(checkpoint: Checkpoint, source: Source, name: str) -> np.ndarray:
     array = checkpoint.read(name)
     match source.layout:
         case "transposed":
-            return array.T
+            return array.swapaxes(-1, -2)
         case "stacked":
-            return array[None]
+            return np.atleast_2d(array)
         case "head_starts" | "head_ends":
             by_head = array.reshape(source.heads[0], -1, array.shape[1])
             return by_head[:, : source.rows_a_head] if source.layout == "head_starts" else by_head[:, -source.rows_a_head :]

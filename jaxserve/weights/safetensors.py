@@ -2,64 +2,89 @@
 
 1. The index, if there is one, says which shard holds a tensor; a shard is a file beside it, never elsewhere.
 2. Every shard's header is read and checked by the safetensors library; what is wrong with any of them is reported at once.
-3. A tensor is copied out of the mapped file when asked for.
+3. The bytes of a tensor, or of some of its rows, are read straight to where they are wanted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy, which safetensors looks up by name
+import ml_dtypes  # noqa: F401  # registers bfloat16 and FP8 with numpy, which looks them up by name
 import numpy as np
 import safetensors
 
 from jaxserve.errors import ConfigError
 from jaxserve.weights.json_file import read_json
-from jaxserve.weights.tensors import Checkpoint, TensorInfo, raise_problems
+from jaxserve.weights.tensors import Checkpoint, TensorInfo, empty, raise_problems
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
 _MAX_INDEX_BYTES = 64 << 20  # the largest published index, of 60,000 tensors, has 6 MB
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Tensors of safetensors files."""
+    """Tensors of safetensors files.
 
-    def __init__(self, path: pathlib.Path, files: dict[str, Any], places: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    Args:
+      places: tensor -> the file that holds it, beside `path` or `path` itself.
+      starts: tensor -> the byte of the file at which it begins.
+    """
+
+    def __init__(self, path: pathlib.Path, places: dict[str, str], starts: dict[str, int], tensors: dict[str, TensorInfo]) -> None:
         super().__init__(path, tensors)
-        self._files = files
-        self._places = places
+        self._places, self._starts = places, starts
+        folder = path.parent if path.is_file() else path
+        self._files: dict[str, int] = {name: os.open(folder / name, os.O_RDONLY) for name in {places[tensor] for tensor in tensors}}
 
     def read(self, name: str) -> np.ndarray:
-        with self._errors(name):
-            return self._files[self._places[name]].get_tensor(name)
+        info = self.tensors[name]
+        out = empty(info.shape, info.dtype)
+        self._fill(name, 0, out)
+        return out
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         self._check_rows(name, start, stop)
         info = self.tensors[name]
-        if start == stop:  # the library refuses empty slices
-            return np.empty((0, *info.shape[1:]), np.dtype(info.dtype))
-        with self._errors(name):
-            return self._files[self._places[name]].get_slice(name)[start:stop]
+        out = empty((stop - start, *info.shape[1:]), info.dtype)
+        self._fill(name, start, out)
+        return out
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        if out.dtype == np.dtype(self.tensors[name].dtype) and out.flags.c_contiguous:
+            self._check_rows(name, start, start + len(out))
+            self._fill(name, start, out)
+        else:
+            super().read_into(name, start, out)
 
     def close(self) -> None:
         for file in self._files.values():
-            file.__exit__(None, None, None)
+            os.close(file)
         self._files.clear()
 
-    @contextlib.contextmanager
-    def _errors(self, name: str) -> Iterator[None]:
+    def _fill(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill a contiguous array of the tensor's dtype with its bytes from a row on."""
         assert self._files, f"{self.path} is closed"
-        try:
-            yield
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ConfigError(f"cannot read {name} from {self._places[name]} of {self.path}: {error}") from None
+        info, file = self.tensors[name], self._places[name]
+        at = self._starts[name] + start * math.prod(info.shape[1:]) * out.itemsize
+        left: memoryview = out.reshape(-1).view(np.uint8).data
+        while left:  # one call reads 2 GB at most
+            try:
+                count = os.preadv(self._files[file], [left], at)
+            except OSError as error:
+                raise ConfigError(f"cannot read {name} from {file} of {self.path}: {error}") from None
+            if not count:
+                raise ConfigError(f"cannot read {name} from {file} of {self.path}: it has been cut since it was opened")
+            at, left = at + count, left[count:]
 
 
 def open_safetensors(path: pathlib.Path) -> SafetensorsCheckpoint:
@@ -69,16 +94,14 @@ def open_safetensors(path: pathlib.Path) -> SafetensorsCheckpoint:
     """
     problems: list[str] = []
     folder, names, places = find_shards(path, INDEX_NAME, _unindexed, problems)
-    files: dict[str, Any] = {}
     with contextlib.ExitStack() as opened:
-        for name in names:
-            file = _open(folder / name, problems)
-            if file is not None:
-                files[name] = opened.enter_context(file)
+        files = {name: opened.enter_context(file) for name in names if (file := _open(folder / name, problems)) is not None}
         tensors = _list_tensors(files, places, problems)
         raise_problems(path, problems)
-        opened.pop_all()  # they stay open: the checkpoint closes them
-    return SafetensorsCheckpoint(path, files, places, tensors)
+    starts: dict[str, int] = {}
+    for name in files:
+        starts |= {tensor: start for tensor, start in _starts(folder / name).items() if places[tensor] == name}
+    return SafetensorsCheckpoint(path, places, starts, tensors)
 
 
 def find_shards(
@@ -121,6 +144,14 @@ def _open(path: pathlib.Path, problems: list[str]) -> Any | None:
     except (safetensors.SafetensorError, OSError) as error:
         problems.append(f"{path.name} is damaged or not a safetensors file: {error}")
     return None
+
+
+def _starts(path: pathlib.Path) -> dict[str, int]:
+    """Where the tensors of a file begin; the library has checked its header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _list_tensors(files: dict[str, Any], places: dict[str, str], problems: list[str]) -> dict[str, TensorInfo]:

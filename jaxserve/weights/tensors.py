@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
+import numpy.typing
 
 from jaxserve.errors import ConfigError
 
 _MAX_SHOWN = 40
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,7 @@ class TensorInfo:
 
 
 class Checkpoint(abc.ABC):
-    """The weights of one model on disk, under Hugging Face's tensor names; a context manager that closes its files.
+    """The weights of one model on disk, under Hugging Face's names or llama.cpp's; a context manager that closes its files.
 
     Reading is thread-safe, returns an array of its own, and keeps nothing of what was read.
 
@@ -52,6 +55,13 @@ class Checkpoint(abc.ABC):
         Raises: ConfigError naming file and tensor if it cannot be read.
         """
 
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill `out` with as many rows from `start` on, as numbers of its dtype.
+
+        Raises: ConfigError naming file and tensor if it cannot be read.
+        """
+        out[...] = self.read_rows(name, start, start + len(out))
+
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of the files; reading is over. May be called twice."""
@@ -65,6 +75,14 @@ class Checkpoint(abc.ABC):
     def _check_rows(self, name: str, start: int, stop: int) -> None:
         shape = self.tensors[name].shape
         assert 0 <= start <= stop <= (*shape, -1)[0], f"{name=} {shape=} {start=} {stop=}"
+
+
+def empty(shape: Sequence[int], dtype: numpy.typing.DTypeLike) -> np.ndarray:
+    """An array that a CPU device can take over as it is, without a copy: jax asks for addresses that are multiples of 64."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def raise_problems(path: pathlib.Path, problems: Sequence[str]) -> None:

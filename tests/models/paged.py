@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
 
 PAGE_SIZE = 8
+# Each program runs a few times on a tiny model: compiling is what takes the time, with fusion emitters twice as much of it.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 class PagedModel:
@@ -40,7 +43,7 @@ class PagedModel:
         self._platform = platform
         config = read_config(path)
         family = find_family(config)
-        spec = family.spec(config)
+        self.spec = spec = family.spec(config)
         assert not config.unread(), f"{config.unread()=}"
         if max_len is not None:
             spec = limit_length(spec, max_len)
@@ -60,15 +63,15 @@ class PagedModel:
                     functools.partial(_logits, graphdef), mesh=mesh_of(target), in_specs=(specs, whole, caches), out_specs=(whole, caches),
                     check_vma=False,
                 )(*args),
-                static_argnums=0, compiler_options={"xla_backend_optimization_level": 0},
+                static_argnums=0, compiler_options=COMPILER_OPTIONS,
             )  # fmt: skip
         with open_checkpoint(path) as checkpoint:
-            self._params = load_params(checkpoint, shapes, self._groups, family, progress=lambda done, total: None, placements=placements)
+            self.params = load_params(checkpoint, shapes, self._groups, family, progress=lambda done, total: None, placements=placements)
 
-    def logits(self, prompt: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    def logits(self, prompt: np.ndarray, cuts: Sequence[int], *, decodes: bool = True) -> np.ndarray:
         """f32[len(prompt), V]: the prompt's logits, computed in chunks of the given sizes over scattered pages.
 
-        Chunks are padded to the length of the prompt, but for single tokens, which are decode steps.
+        Chunks are padded to the length of the prompt, but for single tokens, which are decode steps if `decodes`.
         """
         num_pages = -(-len(prompt) // PAGE_SIZE)
         cache = jax.tree.map(
@@ -86,14 +89,15 @@ class PagedModel:
         table = np.random.default_rng(2).permutation(np.arange(1, num_pages + 3))[:num_pages].astype(np.int32)
         found, start = [], 0
         for count in cuts:
-            T = 1 if count == 1 else len(prompt)
+            is_decode = decodes and count == 1
+            T = 1 if is_decode else len(prompt)
             tokens, positions = np.zeros((2, T), np.int32)
             tokens[:count], positions[:count] = prompt[start : start + count], np.arange(start, start + count)
             batch = Batch(
                 tokens=jnp.asarray(tokens), positions=jnp.asarray(positions), page_table=jnp.asarray(table[None]),
-                query_start=jnp.array([0, count], jnp.int32), kv_len=jnp.array([start + count], jnp.int32), one_token_rows=count == 1,
+                query_start=jnp.array([0, count], jnp.int32), kv_len=jnp.array([start + count], jnp.int32), one_token_rows=is_decode,
             )  # fmt: skip
-            logits, cache = self._forward(self._graphdef, self._params, batch, cache)
+            logits, cache = self._forward(self._graphdef, self.params, batch, cache)
             found.append(np.asarray(logits)[:count])
             start += count
         assert start == len(prompt), f"{cuts=} do not cover the prompt"
@@ -105,11 +109,26 @@ def logits_of(path: pathlib.Path, prompt: np.ndarray, cuts: Sequence[int], *, sc
     return PagedModel(path, scan=scan).logits(prompt, cuts)
 
 
+def assert_same(found: PagedModel, expected: PagedModel) -> None:
+    """Specs and parameters are equal, so that logits are.
+
+    Numbers of specs are compared as exactly as a float32 is; norms that were stored with 1 added have lost their last bits.
+    """
+    assert _rounded(found.spec) == _rounded(expected.spec)
+    assert found.params.keys() == expected.params.keys()
+    for path, array in expected.params.items():
+        tolerance = 1e-6 if "norm" in path else 0
+        np.testing.assert_allclose(np.asarray(found.params[path]), np.asarray(array), rtol=0, atol=tolerance, err_msg=path)
+
+
+def _rounded(spec: object) -> str:
+    return re.sub(r"\d+\.\d+(e-?\d+)?", lambda match: f"{float(match[0]):.5g}", repr(spec))
+
+
 def _logits(graphdef: Any, params: Params, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
     model = merge_model(graphdef, params)
     hidden, cache = model(batch, cache)
     return model.logits(hidden), cache
 
 
-# Each program runs a few times on a tiny model: compiling is what takes the time.
-_forward = jax.jit(_logits, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+_forward = jax.jit(_logits, static_argnums=0, compiler_options=COMPILER_OPTIONS)

@@ -27,6 +27,7 @@ from jaxserve.models.pooling import finish_pool, pool_step, pooled_tokens
 from jaxserve.models.spec import fold_layers
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
+from tests.models.paged import COMPILER_OPTIONS
 from tests.models.variants import shuffled
 
 VOCAB, PAGE_SIZE = 130, 8
@@ -138,7 +139,7 @@ def run(path: pathlib.Path, texts: list[np.ndarray], *, pooled: bool) -> list[np
         sums = pool_step(method, hidden, jnp.zeros((len(texts), spec.width)), batch)
         return finish_pool(method, sums, batch.kv_len, list(model.pool))
 
-    found = np.asarray(jax.jit(forward, compiler_options={"xla_backend_optimization_level": 0})(params, cache))
+    found = np.asarray(jax.jit(forward, compiler_options=COMPILER_OPTIONS)(params, cache))
     return list(found) if pooled else [found[starts[i] : starts[i + 1]] for i in range(len(texts))]
 
 

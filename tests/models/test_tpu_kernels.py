@@ -7,14 +7,11 @@ import pytest
 import torch
 from jax.experimental.pallas import tpu as pltpu
 
-from tests.models.moe_variants import MOE_VARIANTS
 from tests.models.paged import PagedModel
-from tests.models.variants import VARIANTS, VOCAB
+from tests.models.test_parity import ALL, ONE_OF_EACH
+from tests.models.variants import VOCAB
 
-ALL = VARIANTS | MOE_VARIANTS
 PROMPT_LEN = 20
-# The last of each family, which is its most unusual.
-ONE_OF_EACH = {name.split(",")[0]: name for name in ALL}
 
 
 @pytest.mark.slow

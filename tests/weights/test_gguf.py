@@ -31,22 +31,21 @@ METADATA = {
     "attention.head_count": NUM_HEADS, "attention.head_count_kv": NUM_KV_HEADS, "attention.layer_norm_rms_epsilon": 1e-5,
     "rope.freq_base": 50_000.0,
 }  # fmt: skip
-# Hugging Face's name and the one in the file, [rows, columns].
-NAMES = {
-    "model.embed_tokens.weight": ("token_embd.weight", (VOCAB, WIDTH)),
-    "model.norm.weight": ("output_norm.weight", (WIDTH,)),
-    "model.layers.0.input_layernorm.weight": ("blk.0.attn_norm.weight", (WIDTH,)),
-    "model.layers.0.self_attn.q_proj.weight": ("blk.0.attn_q.weight", (NUM_HEADS * HEAD_SIZE, WIDTH)),
-    "model.layers.0.self_attn.k_proj.weight": ("blk.0.attn_k.weight", (NUM_KV_HEADS * HEAD_SIZE, WIDTH)),
-    "model.layers.0.self_attn.v_proj.weight": ("blk.0.attn_v.weight", (NUM_KV_HEADS * HEAD_SIZE, WIDTH)),
-    "model.layers.0.self_attn.o_proj.weight": ("blk.0.attn_output.weight", (WIDTH, NUM_HEADS * HEAD_SIZE)),
-    "model.layers.0.post_attention_layernorm.weight": ("blk.0.ffn_norm.weight", (WIDTH,)),
-    "model.layers.0.mlp.gate_proj.weight": ("blk.0.ffn_gate.weight", (MLP_WIDTH, WIDTH)),
-    "model.layers.0.mlp.up_proj.weight": ("blk.0.ffn_up.weight", (MLP_WIDTH, WIDTH)),
-    "model.layers.0.mlp.down_proj.weight": ("blk.0.ffn_down.weight", (WIDTH, MLP_WIDTH)),
+SHAPES = {
+    "token_embd.weight": (VOCAB, WIDTH),
+    "output_norm.weight": (WIDTH,),
+    "blk.0.attn_norm.weight": (WIDTH,),
+    "blk.0.attn_q.weight": (NUM_HEADS * HEAD_SIZE, WIDTH),
+    "blk.0.attn_k.weight": (NUM_KV_HEADS * HEAD_SIZE, WIDTH),
+    "blk.0.attn_v.weight": (NUM_KV_HEADS * HEAD_SIZE, WIDTH),
+    "blk.0.attn_output.weight": (WIDTH, NUM_HEADS * HEAD_SIZE),
+    "blk.0.ffn_norm.weight": (WIDTH,),
+    "blk.0.ffn_gate.weight": (MLP_WIDTH, WIDTH),
+    "blk.0.ffn_up.weight": (MLP_WIDTH, WIDTH),
+    "blk.0.ffn_down.weight": (WIDTH, MLP_WIDTH),
 }
-TENSORS = {name: RNG.normal(size=shape).astype(np.float32) for name, (_, shape) in NAMES.items()}
-HEADS = {"model.layers.0.self_attn.q_proj.weight": NUM_HEADS, "model.layers.0.self_attn.k_proj.weight": NUM_KV_HEADS}
+TENSORS = {name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+HEADS = {"blk.0.attn_q.weight": NUM_HEADS, "blk.0.attn_k.weight": NUM_KV_HEADS}
 
 
 def permute(rows: np.ndarray, num_heads: int) -> np.ndarray:
@@ -91,13 +90,13 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, arch)
     for key, value in [*((f"{arch}.{key}", value) for key, value in metadata.items()), *(other or {}).items()]:
         add_value(writer, key, value)
-    for name, (own_name, shape) in NAMES.items():
+    for name, shape in SHAPES.items():
         if len(shape) == 1 or kind == Kind.F32:
-            writer.add_tensor(own_name, stored(name))
+            writer.add_tensor(name, stored(name))
         else:
-            writer.add_tensor(own_name, gguf.quants.quantize(stored(name), kind), raw_dtype=kind)
-    for own_name, array in (extra or {}).items():
-        writer.add_tensor(own_name, array)
+            writer.add_tensor(name, gguf.quants.quantize(stored(name), kind), raw_dtype=kind)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
     finish(writer)
     return path
 
@@ -109,11 +108,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0])
-def test_tensors_have_hugging_face_names_and_row_order(kind: Kind, tmp_path: pathlib.Path) -> None:
+def test_tensors_have_hugging_face_row_order(kind: Kind, tmp_path: pathlib.Path) -> None:
     dtypes = {Kind.F16: "float16", Kind.BF16: "bfloat16"}
     tolerances = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 8e-3, Kind.Q8_0: 8e-3, Kind.Q5_0: 0.07, Kind.Q5_1: 0.07}
     with open_checkpoint(write_gguf(tmp_path / "m.gguf", kind=kind)) as checkpoint:
-        assert set(checkpoint.tensors) == set(NAMES)
+        assert set(checkpoint.tensors) == set(SHAPES)
         for name, expected in TENSORS.items():
             found = checkpoint.read(name)
             assert checkpoint.tensors[name].shape == found.shape == expected.shape
@@ -174,7 +173,7 @@ def test_embeddings_are_not_tied_when_there_is_an_output_matrix(tmp_path: pathli
     path = write_gguf(tmp_path / "m.gguf", extra={"output.weight": np.ones((VOCAB, WIDTH), np.float32)})
     assert read_config(path).values["tie_word_embeddings"] is False
     with open_checkpoint(path) as checkpoint:
-        assert "lm_head.weight" in checkpoint.tensors
+        assert "output.weight" in checkpoint.tensors
 
 
 def test_linear_scaling_is_kept(tmp_path: pathlib.Path) -> None:
@@ -273,9 +272,9 @@ def write_shards(directory: pathlib.Path, count: int) -> list[pathlib.Path]:
         writer.add_uint16("split.count", count)
         for key, value in METADATA.items():
             add_value(writer, f"llama.{key}", value)
-        for j, (name, (own_name, _)) in enumerate(NAMES.items()):
+        for j, name in enumerate(SHAPES):
             if j % count == i:
-                writer.add_tensor(own_name, stored(name))
+                writer.add_tensor(name, stored(name))
         finish(writer)
     return paths
 

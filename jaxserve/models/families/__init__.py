@@ -30,6 +30,8 @@ from jaxserve.models.names import Family
 
 log = logging.getLogger(__name__)
 
+_QUANTIZATIONS = ("fp8", "mxfp4")
+
 FAMILIES = (
     LLAMA, MPT, *RELATIVES, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GPT2, GPT_BIGCODE, GPTJ, GPT_NEOX, STARCODER2, OPT, BLOOM,
     FALCON, OLMO, OLMO2, OLMO3, EXAONE4, COHERE, COHERE2, STABLELM, GLM, GLM4, *ENCODERS,
@@ -42,8 +44,9 @@ def find_family(config: HfConfig, convert: Convert | None = None) -> Family:
 
     Args:
       convert: what to make of a decoder; None goes by the architecture's name.
-    Raises: ConfigError listing the architectures there are.
+    Raises: ConfigError listing the architectures there are; on a quantization that cannot be read.
     """
+    _check_quantization(config)
     for name in generative_names(config.architecture):
         for family in FAMILIES:
             if name in family.architectures:
@@ -59,9 +62,25 @@ def find_family(config: HfConfig, convert: Convert | None = None) -> Family:
     )
 
 
+def _check_quantization(config: HfConfig) -> None:
+    """Quantized matrices are read as numbers, by what the tensors are; the config must not say that they are anything else."""
+    given = config.child("quantization_config")
+    method = given.get("quant_method")
+    if method not in (None, *_QUANTIZATIONS):
+        raise ConfigError(
+            f"quantization_config: quant_method={method!r:.40} is not supported; there are {', '.join(_QUANTIZATIONS)}; take the "
+            "checkpoint before its quantization, or a GGUF file"
+        )
+    if given.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise ConfigError(f"quantization_config: fmt={given.get('fmt')!r:.40} is not supported; there is e4m3")
+    for key in ("weight_block_size", "modules_to_not_convert", "ignored_layers", "activation_scheme", "scale_fmt", "dequantize"):
+        given.get(key)  # the tensors tell, or it is about inputs, which are not quantized here
+
+
 def _difference_from_llama(config: HfConfig) -> str | None:
     """What a config says that a Llama's would not; None if nothing. Its tensors are compared by name when they are loaded."""
     copy = HfConfig(config.values)
+    copy.get("quantization_config")
     if "rms_norm_eps" not in config.values:  # the one key of a Llama that other kinds of decoder have not
         return "rms_norm_eps is not given"
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxserve.errors import ConfigError
 from jaxserve.models.families import parts
 from jaxserve.models.families.experts import read_moe
 from jaxserve.models.hf_config import HfConfig
@@ -14,11 +13,7 @@ from jaxserve.models.spec import LayerSpec, ModelSpec
 
 
 def gpt_oss_spec(config: HfConfig) -> ModelSpec:
-    """GPT-OSS; its matrices in MXFP4 are read as numbers.
-
-    Raises: ConfigError on another quantization.
-    """
-    _check_quantization(config)
+    """GPT-OSS; its matrices in MXFP4 are read as numbers."""
     bias = config.get("attention_bias", True)
     attention = parts.read_attention(config, qkv_bias=bias, out_bias=bias)
     attention = dataclasses.replace(attention, rope=parts.read_rope(config, attention.head_size, theta=150_000.0), sinks=True)
@@ -31,14 +26,6 @@ def gpt_oss_spec(config: HfConfig) -> ModelSpec:
     window = parts.read_window(config, 128)
     kinds = parts.read_layer_types(config, lambda i: i % 2 == 0)
     return parts.read_model(config, [parts.with_attention(layer, window=window if kind == parts.SLIDING else None) for kind in kinds])
-
-
-def _check_quantization(config: HfConfig) -> None:
-    given = config.child("quantization_config")
-    method = given.get("quant_method", "mxfp4")
-    if method != "mxfp4":
-        raise ConfigError(f"quantization_config: quant_method={method!r} is not supported; there is mxfp4")
-    given.get("modules_to_not_convert")  # the tensors tell
 
 
 _AT = "model.layers.{i}.mlp"

@@ -78,5 +78,4 @@ LLAMA4 = Family(
         "mlp.experts.down": stored(f"{_AT}.experts.down_proj", layout="expert_transposed"),
     },
     model_names=parts.llama_model_names(),
-    optional_prefix="language_model.",
 )
