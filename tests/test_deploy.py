@@ -1,10 +1,17 @@
-"""What docs/deploy.md tells people to apply: manifests that are whole, with options that exist and probes that fit."""
+"""What docs/deploy.md tells people to apply: manifests that Kubernetes takes, with options that exist and probes that fit."""
 
 from __future__ import annotations
 
+import copy
+import json
 import pathlib
+import re
+import shlex
+from collections.abc import Callable
 from typing import Any
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -13,6 +20,9 @@ from jaxserve.config import EngineConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "configs" / "kubernetes").glob("*.yaml"))
+DOCS = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+KUBERNETES = "1.33"
+LEADER_WORKER_SET = json.loads((pathlib.Path(__file__).parent / "leaderworkerset.json").read_text("utf-8"))
 
 
 def pods(manifest: pathlib.Path) -> list[dict[str, Any]]:
@@ -35,6 +45,41 @@ def config_of(pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> EngineCon
     (container,) = pod["spec"]["containers"]
     assert container["command"] == ["python", "-m", "jaxserve.serve"]
     return parse_args(container["args"])
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raises: jsonschema.ValidationError if Kubernetes would refuse it, or leave out a field that it does not know."""
+    if document["kind"] != "LeaderWorkerSet":
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        return
+    jsonschema.validate(document, LEADER_WORKER_SET)
+    template = document["spec"]["leaderWorkerTemplate"]
+    for name in {"leaderTemplate", "workerTemplate"} & template.keys():
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": document["metadata"], "template": template[name]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
+def test_manifest_is_of_the_schemas_of_kubernetes(manifest: pathlib.Path) -> None:
+    for document in yaml.safe_load_all(manifest.read_text("utf-8")):
+        check(document)
+
+
+BREAKS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "Deployment": lambda spec: spec["template"]["spec"]["containers"][0].update(livenessprobe={}),
+    "Service": lambda spec: spec["ports"][0].update(port="http"),
+    "LeaderWorkerSet": lambda spec: spec["leaderWorkerTemplate"].update(restartPolicy="Always"),
+    "LeaderWorkerSet, its pods": lambda spec: spec["leaderWorkerTemplate"]["workerTemplate"]["spec"].update(containers=None),
+}
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_manifest_that_kubernetes_would_refuse_is_noticed(kind: str) -> None:
+    documents = [document for manifest in MANIFESTS for document in yaml.safe_load_all(manifest.read_text("utf-8"))]
+    broken = copy.deepcopy(next(document for document in documents if document["kind"] == kind.partition(",")[0]))
+    BREAKS[kind](broken["spec"])
+    with pytest.raises(jsonschema.ValidationError):
+        check(broken)
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
@@ -70,3 +115,39 @@ def test_service_finds_the_pods_that_answer(manifest: pathlib.Path) -> None:
     answering = [pod for pod in pods(manifest) if "ports" in pod["spec"]["containers"][0]]
     assert all(service["spec"]["selector"].items() <= pod["metadata"]["labels"].items() for pod in answering)
     assert answering
+
+
+def commands() -> list[list[str]]:
+    """Arguments of every `python -m jaxserve.serve` on the page, lines that go on joined."""
+    text = DOCS.replace("\\\n", " ")
+    found = re.findall(r"python -m jaxserve\.serve ([^'\n>]*)", text)
+    return [shlex.split(arguments, comments=True) for arguments in found]
+
+
+def test_every_command_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert len(commands()) >= 3
+    for arguments in commands():
+        assert parse_args(arguments).model.model
+
+
+def test_every_file_and_option_of_the_page_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    files = [ROOT / "docs" / name for name in re.findall(r"\]\((\w+\.md)\)", DOCS)] + [
+        ROOT / name for name in re.findall(r"configs/[\w/-]+\.\w+", DOCS)
+    ]
+    assert all(file.is_file() for file in files), files
+    (options,) = re.findall(r"^OPTIONS=(.*)$", DOCS, re.MULTILINE)
+    parse_args(shlex.split(options))
+    unit = (ROOT / "configs" / "systemd" / "jaxserve.service").read_text("utf-8")
+    config = parse_args([])
+    (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(stop_s) > config.server.drain_timeout_s
+    for name in set(re.findall(r"\$\{?([A-Z]+)", unit)):
+        assert re.search(rf"^{name}=", DOCS, re.MULTILINE), name
+
+
+def test_every_preset_is_on_the_page() -> None:
+    rows = [line for line in DOCS.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`([\w-]+\.toml)`", row)}
+    assert listed == {path.name for path in (ROOT / "configs").glob("*.toml")}

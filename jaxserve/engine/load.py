@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.bounds import ThinkingMarks, thinking_marks
-from jaxserve.engine.defaults import read_generation, sampling_defaults
+from jaxserve.engine.defaults import read_generation, sampling_defaults, template_defaults
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.multihost import Follower, Leader, join, meet
+from jaxserve.engine.multihost import Follower, Leader, meet
 from jaxserve.engine.replicas import Replicas
 from jaxserve.engine.task import choose_family
 from jaxserve.errors import ConfigError
@@ -42,6 +42,8 @@ from jaxserve.weights.sentence_transformers import WithModules
 from jaxserve.weights.source import resolve_model
 
 log = logging.getLogger(__name__)
+
+_SAMPLED_TENSORS = 32  # whose first rows are compared
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +86,8 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
       on_state: called with a short word on what is going on, such as "compiling 7/12".
     Raises: ConfigError saying what does not fit.
     """
-    model = _find_model(config, metrics, on_state)
+    group, model, runners = _load_runners(config, metrics, on_state)
     spec, tokenizer, eos_ids = model.spec, model.tokenizer, model.eos_ids
-    group, runners = _load_runners(config, model, metrics, on_state)
     assert not isinstance(group, Follower), "followers have no engine: follow_leader is their way"
     if group is not None:
         for i, runner in enumerate(runners):
@@ -97,6 +98,10 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
         for each in runners
     ]
     engine = engines[0] if len(engines) == 1 else Replicas(engines, metrics, page_size=runner.limits.page_size)
+    metrics.cache_config(
+        page_size=runner.limits.page_size, num_pages=runner.memory.num_pages * len(engines), prefix_cache=config.cache.prefix_cache,
+        dtype=config.cache.cache_dtype,
+    )  # fmt: skip
     template = config.model.chat_template
     source = _read_template(template) if template else tokenizer.chat_template
     max_len = min(runner.limits.max_len, (runner.memory.num_pages - 1) * runner.limits.page_size)
@@ -107,7 +112,8 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
             runner.limits.max_len,
         )
     served = ServedModel(
-        tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer), max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids,
+        tokenizer=tokenizer, chat=ChatTemplate(source, tokenizer, defaults=template_defaults(config.model)),
+        max_len=max_len, vocab_size=spec.vocab_size, eos_ids=eos_ids,
         grammars=Grammars(tokenizer, vocab_size=spec.vocab_size, eos_ids=eos_ids),
         pooling=model.pooling, defaults=model.defaults, group=group,
         thinking=thinking_marks(choose_reasoning_format(config.server.reasoning_parser, source), tokenizer),
@@ -120,11 +126,12 @@ def follow_leader(config: EngineConfig, metrics: Metrics) -> None:
 
     Raises: ConfigError saying what does not fit; ConnectionError if the leader is gone.
     """
-    group, runners = _load_runners(config, _find_model(config, metrics, log.info), metrics, log.debug)
+    group, _, runners = _load_runners(config, metrics, log.debug)
     assert isinstance(group, Follower), "process 0 leads"
     while (message := group.receive()) is not None:
         copy, program, arrays = message
         runners[copy].replay(program, arrays)
+    group.close()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +149,6 @@ class _Model:
 
 
 def _find_model(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> _Model:
-    join(config.parallel)
     on_state("resolving the model")
     path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path)
     hf_config = read_config(path)
@@ -161,11 +167,14 @@ def _find_model(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
 
 
 def _load_runners(
-    config: EngineConfig, model: _Model, metrics: Metrics, on_state: Callable[[str], None]
-) -> tuple[Leader | Follower | None, list[Runner]]:
+    config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]
+) -> tuple[Leader | Follower | None, _Model, list[Runner]]:
     """Every copy of the model, ready, and the other processes that have it too."""
+    group = meet(config.parallel, _identity(config))
+    model = _find_model(config, metrics, on_state)
+    if group is not None:
+        group.agree({"model": fingerprint(model.spec, model.path)})
     started_s = time.monotonic()
-    group = meet(_identity(config, model))
     plan = plan_mesh(config, model.spec)
     log.info(plan.table())
     runners = [Runner(model.spec, model.family, config, target, eos_ids=model.eos_ids) for target in plan.targets]
@@ -175,19 +184,29 @@ def _load_runners(
         _compile(runners, metrics, on_state)
         weights_future.result()
     log.info("ready in seconds=%.1f\n%s\n%s", time.monotonic() - started_s, plan.table(), runners[0].memory.table())
-    return group, runners
+    return group, model, runners
 
 
-def _identity(config: EngineConfig, model: _Model) -> dict[str, Any]:
-    """What processes that serve together must have in common: versions, the model, and every option that shapes a program."""
+def _identity(config: EngineConfig) -> dict[str, Any]:
+    """What processes that serve together must have in common: versions, and every option that shapes a program."""
     sections = (config.model, config.cache, config.schedule, config.compile)
     options = {f"--{name.replace('_', '-')}": value for section in sections for name, value in dataclasses.asdict(section).items()}
     for own in ("--cache-dir", "--compile-threads"):
         del options[own]
-    return {
-        "version": VERSION, "jax": jax.__version__, "mesh": config.parallel.axes,
-        "model": hashlib.sha256(repr(model.spec).encode()).hexdigest(), **options,
-    }  # fmt: skip
+    parallel = {"--num-processes": config.parallel.num_processes, "--mesh": config.parallel.axes}
+    return {"version": VERSION, "jax": jax.__version__, **parallel, **options}
+
+
+def fingerprint(spec: ModelSpec, path: pathlib.Path) -> str:
+    """What tells a model from others, also from those that differ only in what they have learnt: some of its weights are part of it."""
+    digest = hashlib.sha256(repr(spec).encode())
+    with open_checkpoint(path) as checkpoint:
+        names = sorted(checkpoint.tensors)
+        digest.update(repr([(name, checkpoint.tensors[name].shape) for name in names]).encode())
+        for name in names[:: -(-len(names) // _SAMPLED_TENSORS)]:
+            if checkpoint.tensors[name].shape:
+                digest.update(checkpoint.read_rows(name, 0, 1).tobytes())
+    return digest.hexdigest()
 
 
 def _limited(spec: ModelSpec, config: EngineConfig, pooling: Pooling | None) -> ModelSpec:
@@ -218,6 +237,8 @@ def _load_tokenizer(config: EngineConfig, path: pathlib.Path) -> Tokenizer:
 
 
 def _read_template(path: str) -> str:
+    if "{{" in path or "{%" in path:  # the template itself
+        return path
     try:
         return pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

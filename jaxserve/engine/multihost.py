@@ -1,9 +1,13 @@
 """Several processes as one engine: process 0 leads, schedules and answers; the others run the same programs on the same inputs.
 
-    leader                                        each follower
-    join ---- jax.distributed: all of them -----> join
-    broadcast address and token --(collective)--> connect, say who it is; refused by name if it differs
-    tell(copy, program, arrays) -----(TCP)------> receive, replay: a loop of two calls
+    leader                                          each follower
+    open the door at --coordinator    <--(TCP)---   knock: its number, version and options; refused by name if they differ
+    once all are here: where jax is   ---------->   join jax
+    the model, once it is found       <----------   the same; refused by name if it differs
+    tell(copy, program, arrays)       ---------->   receive, replay: a loop of two calls
+
+Where only jax knows the processes (--coordinator auto), they join jax first and learn from it where the door is. The door stays open, to
+tell whoever comes late, or twice, why it may not come in: jax itself would end every process for that.
 
 A message is its length, a line of JSON that says what the arrays are, and their bytes. Nothing is unpickled. A connection that ends without
 a farewell means that its process is gone: then nobody can go on, and the leader says so to whoever waits.
@@ -11,13 +15,13 @@ a farewell means that its process is gone: then nobody can go on, and the leader
 
 from __future__ import annotations
 
-import hmac
+import contextlib
 import json
 import logging
-import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,38 +34,191 @@ from jaxserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 120.0  # from the first process that is ready to the last
+START_TIMEOUT_S = 300.0  # from the first process to the last
+_HELLO_TIMEOUT_S = 10.0  # for whoever knocks to say who it is
+_RETRY_S = 0.2
 _ADDRESS_BYTES = 512
 _MAX_HEADER = 1 << 20
 _FAREWELL = {"farewell": True}
 _LENGTH = struct.Struct("<QQ")  # bytes of the header and of the arrays
 
 
-def join(parallel: ParallelConfig) -> None:
+def is_follower(parallel: ParallelConfig) -> bool:
+    """Whether another process leads; joins jax where only jax knows. Raises: ConfigError."""
+    if parallel.process_id is not None:
+        return parallel.process_id > 0
+    if parallel.is_multihost:
+        _join_jax(None, None, None)
+    return parallel.is_multihost and jax.process_index() > 0
+
+
+def meet(parallel: ParallelConfig, identity: Mapping[str, Any]) -> Leader | Follower | None:
     """Meet the other processes, if there are any; to be called before anything else asks jax for its devices.
 
-    Raises: ConfigError if they do not all come.
+    Args:
+      identity: what must be the same everywhere, by its name.
+    Raises: ConfigError naming what differs, or who did not come.
     """
-    if not parallel.is_multihost or jax.distributed.is_initialized():
+    if not parallel.is_multihost:
+        return None
+    count, process, coordinator = parallel.num_processes, parallel.process_id, parallel.coordinator
+    if count is None or process is None or coordinator is None:
+        return _meet_through_jax(identity)
+    host, _, port = coordinator.rpartition(":")
+    group: Leader | Follower
+    if process == 0:
+        door, jax_port = Door(int(port), count, identity), _free_port()
+        group = door.gather(START_TIMEOUT_S, jax_port)
+    else:
+        group, jax_port = knock(host.strip("[]"), int(port), process, identity, timeout_s=START_TIMEOUT_S)
+    _join_jax(f"{host}:{jax_port}", count, process)
+    return group
+
+
+def _meet_through_jax(identity: Mapping[str, Any]) -> Leader | Follower:
+    _join_jax(None, None, None)
+    if jax.process_index() > 0:
+        host, port = json.loads(bytes(_broadcast(b"")).rstrip(b"\0"))
+        group, _ = knock(host, port, jax.process_index(), identity, timeout_s=START_TIMEOUT_S)
+        return group
+    door = Door(0, jax.process_count(), identity)
+    _broadcast(json.dumps([_own_address(), door.port]).encode())
+    return door.gather(START_TIMEOUT_S)
+
+
+def _join_jax(address: str | None, count: int | None, process: int | None) -> None:
+    """Have jax know the devices of all processes; once. What jax is not told it finds out, or it fails."""
+    if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from the server, which drains
     try:
-        if parallel.coordinator in (None, "auto"):
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(parallel.coordinator, parallel.num_processes, parallel.process_id)
+        jax.distributed.initialize(address, count, process)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the processes of --coordinator={parallel.coordinator} did not meet: {error}") from None
+        raise ConfigError(f"jax does not find the processes that serve together: {error}; name them with --coordinator HOST:PORT") from None
     log.info("joined process=%d of=%d devices=%d", jax.process_index(), jax.process_count(), jax.device_count())
 
 
-def is_follower(parallel: ParallelConfig) -> bool:
-    """Whether another process leads; joins it where only jax knows. Raises: ConfigError."""
-    if parallel.process_id is None:
-        join(parallel)
-        return parallel.is_multihost and jax.process_index() > 0
-    return parallel.process_id > 0
+class Door:
+    """Where the other processes come in: each once, if it is like this one. Whoever comes later is told why it may not.
+
+    Args:
+      port: 0 takes a free one.
+      count: of the processes that serve together, with this one.
+      identity: see meet.
+    Raises: ConfigError if the port is taken.
+    """
+
+    def __init__(self, port: int, count: int, identity: Mapping[str, Any]) -> None:
+        self._listener = _listen(port)
+        self.port: int = self._listener.getsockname()[1]
+        self._count, self._identity = count, identity
+        self._links: dict[int, socket.socket] = {}
+        self._complete_s: float | None = None
+
+    def gather(self, timeout_s: float, jax_port: int | None = None) -> Leader:
+        """Wait for all others.
+
+        Args:
+          jax_port: where they find jax, told to all once all are here.
+        Raises: ConfigError naming those that were refused or did not come; then nobody may come in.
+        """
+        problems: list[str] = []
+        deadline_s = time.monotonic() + timeout_s
+        while len(self._links) + len(problems) < self._count - 1:
+            try:
+                self._listener.settimeout(max(deadline_s - time.monotonic(), 1e-3))
+                link, _ = self._listener.accept()
+            except TimeoutError:
+                missing = [str(process) for process in range(1, self._count) if process not in self._links]
+                problems.append(f"process {', '.join(missing)} of {self._count} did not come within {timeout_s:g} s")
+                break
+            problem = self._greet(link)
+            if problem is not None:
+                problems.append(problem)
+        refusal = "\n".join(problems) or None
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # gone again; whoever needs it will see
+                link.sendall(_encode({"refused": refusal, "jax_port": jax_port}, ()))
+        if refusal is not None:
+            for opened in (self._listener, *self._links.values()):
+                opened.close()
+            raise ConfigError(refusal)
+        self._complete_s = time.monotonic()
+        self._listener.settimeout(None)
+        threading.Thread(target=self._turn_away, name="door", daemon=True).start()
+        return Leader(self._links, self._listener)
+
+    def _turn_away(self) -> None:
+        with contextlib.suppress(OSError):  # the leader has closed the door
+            while True:
+                self._greet(self._listener.accept()[0])
+
+    def _greet(self, link: socket.socket) -> str | None:
+        """Hear who it is and let it in; why not, if it says that it is one of these processes and is refused."""
+        try:
+            link.settimeout(_HELLO_TIMEOUT_S)
+            hello, _ = _receive(link, max_body=0)
+            process, identity = int(hello["process"]), dict(hello["identity"])
+            problem = self._problem_of(process, identity)
+            if problem is not None:
+                link.sendall(_encode({"refused": problem}, ()))
+        except (OSError, ValueError, LookupError, TypeError):  # not one of these processes, or gone already
+            link.close()
+            return None
+        if problem is None:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.settimeout(None)
+            self._links[process] = link
+        else:
+            log.warning("%s", problem)
+            link.close()
+        return problem
+
+    def _problem_of(self, process: int, identity: Mapping[str, Any]) -> str | None:
+        if self._complete_s is not None:
+            since = f"all {self._count} have been here for {time.monotonic() - self._complete_s:.0f} s"
+            return f"process {process} is refused: it comes too late, {since}; start all of them again, together"
+        if not 0 < process < self._count:
+            return f"process {process} is refused: beside the leader there are processes 1 to {self._count - 1}"
+        if process in self._links:
+            return f"process {process} is refused: another process has this --process-id"
+        return _difference(process, self._identity, identity)
+
+
+def knock(host: str, port: int, process: int, identity: Mapping[str, Any], *, timeout_s: float) -> tuple[Follower, int | None]:
+    """Come in at the leader's door, which need not be there yet; also where to find jax.
+
+    Raises: ConfigError saying why this process is refused, or that there is no leader.
+    """
+    deadline_s, where = time.monotonic() + timeout_s, f"the leader at {host} port {port}"
+    while True:
+        try:
+            link = socket.create_connection((host, port), timeout=timeout_s)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"{where} cannot be reached: {error}") from None
+            time.sleep(_RETRY_S)
+    try:
+        link.sendall(_encode({"process": process, "identity": dict(identity)}, ()))
+        link.settimeout(timeout_s + _HELLO_TIMEOUT_S)
+        answer, _ = _receive(link)
+    except OSError as error:
+        link.close()
+        raise ConfigError(f"{where} does not answer: {error}") from None
+    if answer["refused"] is not None:
+        link.close()
+        raise ConfigError(answer["refused"])
+    link.settimeout(None)
+    return Follower(link), answer["jax_port"]
+
+
+def _difference(process: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Why a process is refused; None if it is like this one."""
+    mine = json.loads(json.dumps(dict(mine)))  # as it is after a journey
+    said = [f"{name} is {theirs.get(name)!r}, the leader's is {value!r}" for name, value in mine.items() if theirs.get(name) != value]
+    return f"process {process} is refused: its {'; '.join(said)}" if said else None
 
 
 class Leader:
@@ -69,14 +226,31 @@ class Leader:
 
     Args:
       links: one for each follower, by its process's number.
+      listener: of the door through which they came.
     """
 
-    def __init__(self, links: Mapping[int, socket.socket]) -> None:
-        self._links = dict(links)
+    def __init__(self, links: Mapping[int, socket.socket], listener: socket.socket) -> None:
+        self._links, self._listener = dict(links), listener
         self._on_loss: Callable[[str], None] | None = None
         self._lost: str | None = None
         self._closing = False
         self._lock = threading.Lock()
+
+    def agree(self, identity: Mapping[str, Any]) -> None:
+        """See that something else is the same everywhere, and begin to watch over the followers.
+
+        Raises: ConfigError naming what differs, or who is gone.
+        """
+        problems: list[str] = []
+        for process, link in self._links.items():
+            try:
+                problem = _difference(process, identity, _receive(link, max_body=0)[0])
+                link.sendall(_encode({"refused": problem}, ()))
+            except OSError as error:
+                problem = f"process {process} is gone: {error}"
+            problems += [] if problem is None else [problem]
+        if problems:
+            raise ConfigError("\n".join(problems))
         for process, link in self._links.items():
             threading.Thread(target=self._watch, args=(process, link), name=f"follower-{process}", daemon=True).start()
 
@@ -106,6 +280,9 @@ class Leader:
     def close(self) -> None:
         """Let the followers go."""
         self._closing = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
         for link in self._links.values():
             try:
                 link.sendall(_encode(_FAREWELL, ()))
@@ -139,6 +316,20 @@ class Follower:
     def __init__(self, link: socket.socket) -> None:
         self._link = link
 
+    def close(self) -> None:
+        """Leave."""
+        self._link.close()
+
+    def agree(self, identity: Mapping[str, Any]) -> None:
+        """See that something else is the same as the leader's. Raises: ConfigError naming what differs, or that the leader is gone."""
+        try:
+            self._link.sendall(_encode(identity, ()))
+            answer, _ = _receive(self._link)
+        except OSError as error:
+            raise ConfigError(f"the leader is gone: {error}") from None
+        if answer["refused"] is not None:
+            raise ConfigError(answer["refused"])
+
     def receive(self) -> tuple[int, str, list[np.ndarray]] | None:
         """The copy, program and arrays of the next message; None when the leader lets go.
 
@@ -155,66 +346,17 @@ class Follower:
         return head["copy"], head["program"], arrays
 
 
-def meet(identity: Mapping[str, Any]) -> Leader | Follower | None:
-    """Connect the processes that have joined; None if there is only this one.
-
-    Args:
-      identity: what must be the same everywhere, by its name.
-    Raises: ConfigError naming what differs, or who did not come.
-    """
-    if jax.process_count() == 1:
-        return None
-    if jax.process_index() > 0:
-        return _follow(json.loads(bytes(_broadcast(b"")).rstrip(b"\0")), identity)
-    token = secrets.token_hex(32)
-    with socket.create_server(("", 0)) as listener:
-        listener.settimeout(HELLO_TIMEOUT_S)
-        address = {"host": _own_address(), "port": listener.getsockname()[1], "token": token}
-        _broadcast(json.dumps(address).encode())
-        return Leader(_accept(listener, token, identity))
-
-
-def _accept(listener: socket.socket, token: str, identity: Mapping[str, Any]) -> dict[int, socket.socket]:
-    links: dict[int, socket.socket] = {}
-    problems: list[str] = []
-    while len(links) + len(problems) < jax.process_count() - 1:
-        try:
-            link, _ = listener.accept()
-            link.settimeout(HELLO_TIMEOUT_S)
-            hello, _ = _receive(link)
-        except TimeoutError:
-            raise ConfigError(f"{jax.process_count() - 1 - len(links)} processes joined, but did not connect") from None
-        except (ConnectionError, ValueError):
-            continue
-        if not isinstance(hello.get("token"), str) or not hmac.compare_digest(hello["token"], token):
-            link.close()
-            continue
-        differing = [name for name in identity if hello["identity"].get(name) != json.loads(json.dumps(identity[name]))]
-        said = "; ".join(f"{name} is {hello['identity'].get(name)!r}, the leader's is {identity[name]!r}" for name in differing)
-        problem = f"process {hello['process']} is refused: its {said}" if differing else None
-        link.sendall(_encode({"refused": problem}, ()))
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link.settimeout(None)
-        if problem is None:
-            links[hello["process"]] = link
-        else:
-            problems.append(problem)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return links
-
-
-def _follow(address: Mapping[str, Any], identity: Mapping[str, Any]) -> Follower:
+def _listen(port: int) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
     try:
-        link = socket.create_connection((address["host"], address["port"]), timeout=HELLO_TIMEOUT_S)
-        link.sendall(_encode({"token": address["token"], "process": jax.process_index(), "identity": dict(identity)}, ()))
-        answer, _ = _receive(link)
+        return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
     except OSError as error:
-        raise ConfigError(f"the leader at {address['host']} port {address['port']} cannot be reached: {error}") from None
-    if answer["refused"] is not None:
-        raise ConfigError(answer["refused"])
-    link.settimeout(None)
-    return Follower(link)
+        raise ConfigError(f"port {port} of --coordinator is not free: {error.strerror}") from None
+
+
+def _free_port() -> int:
+    with _listen(0) as listener:
+        return listener.getsockname()[1]
 
 
 def _own_address() -> str:
@@ -237,10 +379,10 @@ def _encode(head: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> bytes:
     return _LENGTH.pack(len(line), len(body)) + line + body
 
 
-def _receive(link: socket.socket) -> tuple[dict[str, Any], bytes]:
+def _receive(link: socket.socket, *, max_body: int | None = None) -> tuple[dict[str, Any], bytes]:
     """A message. Raises: ConnectionError at the end of the connection."""
     num_header, num_body = _LENGTH.unpack(_read(link, _LENGTH.size))
-    if num_header > _MAX_HEADER:
+    if num_header > _MAX_HEADER or (max_body is not None and num_body > max_body):
         raise ConnectionError(f"a header of {num_header} bytes: this is not a process of ours")
     return json.loads(_read(link, num_header)), _read(link, num_body)
 

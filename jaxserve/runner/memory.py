@@ -15,6 +15,10 @@ from jaxserve.config import CacheConfig
 from jaxserve.errors import ConfigError
 from jaxserve.sharding import Device
 
+_ADVICE = (
+    "spread the model over more devices (--mesh tensor=N), take a smaller one, lower --max-rows, --max-step-tokens, --num-pages or "
+    "--cache-bytes, or raise --memory-utilization"
+)
 CPU_CACHE_BYTES = 4 << 30  # a CPU shares its memory with everything else
 
 
@@ -33,8 +37,13 @@ class MemoryPlan:
         """One line per use of memory, and what is free."""
         rows = {"weights": self.weights, "cache": self.cache, "sampling state": self.state, "temporaries": self.temporaries}
         rows["free"] = self.total - sum(rows.values())
-        lines = [f"  {name:<15}{size / 2**30:>9.3f} GiB  {100 * size / self.total:>5.1f} %" for name, size in rows.items()]
+        lines = [f"  {name:<15}{size / 2**30:>9.3f} GiB  {100 * size / max(self.total, 1):>5.1f} %" for name, size in rows.items()]
         return "\n".join([f"memory of one device: {self.total / 2**30:.3f} GiB, {self.num_pages} cache pages", *lines])
+
+    def check(self) -> None:
+        """Raises: ConfigError, with the table, if all that is needed is more than there is."""
+        if self.weights + self.cache + self.state + self.temporaries > self.total:
+            raise ConfigError(f"weights, cache and temporaries do not fit:\n{self.table()}\n{_ADVICE}")
 
 
 def num_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
@@ -75,11 +84,10 @@ def plan_memory(
     else:
         num_pages = min(min(room, CPU_CACHE_BYTES) if on_cpu else room, max_pages * page_bytes) // page_bytes
     needed = 2 if cache.num_pages or cache.cache_bytes else 1 + -(-min(max_len, 256) // page_size)
-    if num_pages < needed or num_pages * page_bytes > max(room, 0):
-        raise ConfigError(
-            f"{num_pages} cache pages of {page_bytes} bytes do not fit: of {total} bytes, weights take {weights}, "
-            f"sampling state {state}, "
-            f"temporaries about {temporaries}; "
-            "lower --max-rows, --max-step-tokens, --num-pages or --cache-bytes, or raise --memory-utilization"
-        )
-    return MemoryPlan(total=total, weights=weights, cache=num_pages * page_bytes, state=state, temporaries=temporaries, num_pages=num_pages)
+    fits = needed <= num_pages and num_pages * page_bytes <= max(room, 0)
+    num_pages = max(num_pages, needed)
+    plan = MemoryPlan(total=total, weights=weights, cache=num_pages * page_bytes, state=state, temporaries=temporaries, num_pages=num_pages)
+    if not fits:
+        share = f"of each device {cache.memory_utilization:.0%} may be used, a page takes {page_bytes} bytes"
+        raise ConfigError(f"weights, cache and temporaries do not fit; {share}:\n{plan.table()}\n{_ADVICE}")
+    return plan

@@ -118,7 +118,10 @@ class Runner:
         jax.block_until_ready((self._cache, self._state))
 
     def compile(self, progress: Callable[[int, int, str], None]) -> None:
-        """Compile every shape; afterwards nothing compiles any more."""
+        """Compile every shape; afterwards nothing compiles any more.
+
+        Raises: ConfigError if the programs take more memory than there is.
+        """
         programs: dict[str, Callable[[], Any]] = {shape.name: functools.partial(self._compile_step, shape) for shape in self.shapes}
         if self._spec.pool is None:
             programs["seed_slot"] = lambda: self._programs.lower_seed_slot().compile()
@@ -127,9 +130,17 @@ class Runner:
         self._executables = compiled
         temporaries = max(executable.memory_analysis().temp_size_in_bytes for executable in compiled.values())
         self.memory = dataclasses.replace(self.memory, temporaries=temporaries)
+        if self._target.platform != "cpu":  # whose memory is shared with everything else, and grows
+            self.memory.check()
 
     def _compile_step(self, shape: StepShape) -> Any:
-        return self._programs.lower_step(shape, self.memory.num_pages).compile()
+        lowered = self._programs.lower_step(shape, self.memory.num_pages)
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ConfigError(f"{shape.name} does not fit:\n{self.memory.table()}\nthe compiler says: {error}") from None
 
     @property
     def usable(self) -> bool:

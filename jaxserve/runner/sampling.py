@@ -180,8 +180,8 @@ def _remember(state: SlotState, slot: jax.Array, wants: jax.Array, token: jax.Ar
     """The state after i32[S] tokens were sampled in the slots; -1 for rows that did not sample."""
     target = jnp.where(slot >= 0, slot, state.last_token.shape[0])  # out of range: dropped
     counted = jnp.where(wants & PENALTIES, 2, 0)
-    seen = jax.lax.cond(  # a TPU passes over all of it
-        jnp.any(counted > 0), lambda seen: seen.at[target, token].add(counted, mode="drop"), lambda seen: seen, state.seen
+    seen = jax.lax.fori_loop(  # a TPU passes over all of it; GPUs would copy what comes out of a cond
+        0, jnp.any(counted > 0).astype(jnp.int32), lambda _, seen: seen.at[target, token].add(counted, mode="drop"), state.seen
     )
     recalled = jnp.where(wants & BAD_WORDS, target, state.last_token.shape[0])
 
@@ -231,8 +231,10 @@ def _adjust(logits: jax.Array, rows: SamplingRows, wants: jax.Array, slot: jax.A
     S, V = logits.shape
     index = jnp.arange(S)[:, None]
     logits = logits.at[index, jnp.where((wants & MIN_TOKENS)[:, None] > 0, state.row.banned[slot], V)].set(-jnp.inf, mode="drop")
-    bias_ids = jnp.where((wants & BIAS)[:, None] > 0, state.row.bias_ids[slot], V)
-    logits = logits.at[index, bias_ids].add(state.row.bias_values[slot], mode="drop")
+    bias_ids = state.row.bias_ids[slot]
+    beyond = V + jnp.arange(MAX_LOGIT_BIAS)  # no two alike: sorting so many indices takes the TPU compiler ten seconds a step
+    bias_ids = jnp.where((wants & BIAS > 0)[:, None] & (bias_ids < V), bias_ids, beyond)
+    logits = logits.at[index, bias_ids].add(state.row.bias_values[slot], mode="drop", unique_indices=True)
 
     def ban_words() -> jax.Array:
         words, recent = state.row.bad_words[slot], state.row.recent[slot]

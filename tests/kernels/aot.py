@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# Instructions whose result is an array of its own; a kernel's, which is aliased, comes from a custom-call.
+_MAKERS = "copy|copy-start|dynamic-slice|dynamic-update-slice|transpose|bitcast-convert"
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -55,17 +60,35 @@ GPUS = {
 }
 
 
+def mesh_for(name: str) -> Mesh:
+    """A mesh of one device, a key of TPUS or of GPUS.
+
+    Raises: RuntimeError if its compiler is not installed.
+    """
+    return tpu_mesh(name) if name in TPUS else gpu_mesh(name)
+
+
 @functools.cache
 def gpu_mesh(name: str) -> Mesh:
     """A mesh of one device of a GPU, a key of GPUS.
 
     Raises: RuntimeError if the CUDA plugin, which has the GPU compiler, is not installed.
     """
+    return Mesh(np.array(gpu_devices(name, 1)), ("x",))
+
+
+@functools.cache
+def gpu_devices(name: str, count: int) -> list[Any]:
+    """So many GPUs of a kind, a key of GPUS, in one server.
+
+    Raises: RuntimeError if the CUDA plugin, which has the GPU compiler, is not installed.
+    """
     try:
-        topology = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=GPUS[name].target, topology="1x1x1")
+        target, topology = GPUS[name].target, f"1x1x{count}"
+        found = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=target, topology=topology)
     except Exception as error:
         raise RuntimeError(f"no compiler for {name}: install jax-cuda13-plugin, the aot extra, to run tests marked aot") from error
-    return Mesh(np.array(topology.devices[:1]), ("x",))
+    return list(found.devices)
 
 
 @functools.cache
@@ -116,10 +139,80 @@ def compile_for(mesh: Mesh, function: Callable[..., Any], arguments: Any, *, don
         return jitted.lower(*arguments).compile()
 
 
+def compile_layers(
+    mesh: Mesh, layer: Callable[..., Any], x: jax.ShapeDtypeStruct, weights: Any, cache: jax.ShapeDtypeStruct, batch: Any, *, scanned: bool
+) -> jax.stages.Compiled:
+    """Compile a step that carries x and the cache through all layers, a scan's way or written out.
+
+    Args:
+      layer: (x, pages, index, weights of the layer, batch) -> (x, pages).
+      weights: a pytree with a leading axis for the layers, as long as the cache's.
+    """
+
+    def step(x: jax.Array, weights: Any, pages: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+        def body(carry: Any, w: Any) -> Any:
+            x, pages, index = carry
+            return (*layer(x, pages, index, w, batch), index + 1), None
+
+        if scanned:
+            return jax.lax.scan(body, (x, pages, jnp.int32(0)), weights)[0][:2]
+        for index in range(cache.shape[0]):
+            x, pages = layer(x, pages, index, jax.tree.map(lambda w, index=index: w[index], weights), batch)
+        return x, pages
+
+    return compile_for(mesh, step, (x, weights, cache, batch), donate=(2,))
+
+
+def batch_of(S: int, P: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch's arrays, by the kernels' names for them."""
+    shapes = {"page_table": (S, P), "query_start": (S + 1,), "kv_len": (S,)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+
+
+def check_in_place(
+    executable: jax.stages.Compiled, caches: Iterable[jax.ShapeDtypeStruct], *, temporaries: float, fusions: bool = True
+) -> None:
+    """Assert that the caches are aliased and never copied, and that what else the executable allocates is at most so many bytes.
+
+    Args:
+      fusions: see copies_of.
+    """
+    caches = list(caches)
+    memory = memory_of(executable)
+    assert memory.alias_size_in_bytes >= sum(cache.size * cache.dtype.itemsize for cache in caches)
+    assert memory.temp_size_in_bytes <= temporaries
+    assert not copies_of(caches, executable, fusions=fusions)
+
+
+def copies_of(
+    arrays: Iterable[jax.ShapeDtypeStruct], executable: jax.stages.Compiled, *, fusions: bool = True, any_shape: bool = True
+) -> list[str]:
+    """Lines of the executable that make another array with as many numbers as one of these, or half as many: bytes in pairs.
+
+    Args:
+      fusions: whether the result of a fusion counts; XLA's own scatter updates in place and is one.
+      any_shape: whether it counts whatever its shape; of weights, one layer's may have as many numbers as all of another.
+    """
+    arrays = list(arrays)
+    sizes = {array.size // n for array in arrays for n in range(1, 3 if array.dtype.itemsize == 1 else 2)}
+    shapes = {array.shape for array in arrays}
+    making = re.compile(rf"= \(?\w+\[([\d,]+)\]\S* (?:{_MAKERS}{'|fusion' if fusions else ''})\(")
+    found = [(match, line) for line in text_of(executable).splitlines() if (match := making.search(line))]
+    made = [(tuple(int(n) for n in match[1].split(",")), line) for match, line in found]
+    return [line for shape, line in made if shape in shapes or (any_shape and math.prod(shape) in sizes)]
+
+
+def text_of(executable: jax.stages.Compiled) -> str:
+    """The program that the device runs, in XLA's words."""
+    text = executable.as_text()
+    assert text is not None, "these compilers always give one"
+    return text
+
+
 def memory_of(executable: jax.stages.Compiled) -> Any:
     """Sizes in bytes of the executable's arguments, aliases and temporaries."""
     memory = executable.memory_analysis()
-    assert memory is not None, "the TPU compiler always gives one"
+    assert memory is not None, "these compilers always give one"
     return memory
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.process import COMPLETIONS, ServerProcess, free_port, long_request, wait_until
+from tests.engine.parallel_worker import CHEAP_TO_COMPILE
+from tests.server.process import COMPLETIONS, ServerProcess, free_port, long_request
 
 BODIES: list[dict[str, Any]] = [
     {"prompt": "the quick brown fox", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1},
@@ -23,19 +24,26 @@ BODIES: list[dict[str, Any]] = [
 GONE_WITHIN_S = 10.0
 
 
+def coordinator(count: int) -> tuple[str, ...]:
+    """Options that make so many processes one group."""
+    return ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count), "--mesh", f"tensor={count}")
+
+
+def member(logs: pathlib.Path, process: int, *options: str) -> ServerProcess:
+    """One of several processes; each has a device of its own."""
+    return ServerProcess(logs, *options, "--process-id", str(process), env={"XLA_FLAGS": CHEAP_TO_COMPILE})
+
+
 @contextlib.contextmanager
-def together(
-    logs: pathlib.Path, count: int, *options: str, of_last: tuple[str, ...] = (), ready: bool = True
-) -> Iterator[list[ServerProcess]]:
-    """So many processes that serve as one, the leader first; killed at the end; logs are printed when the test fails."""
-    coordinator = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count))
-    processes = [
-        ServerProcess(
-            logs, *coordinator, "--process-id", str(i), "--mesh", f"tensor={count}", *options, *(of_last if i == count - 1 else ()),
-            env={"XLA_FLAGS": ""},
-        )
-        for i in range(count)
-    ]  # fmt: skip
+def together(logs: pathlib.Path, group: tuple[str, ...], *of_last: str, ready: bool = True) -> Iterator[list[ServerProcess]]:
+    """Processes that serve as one, the leader first; killed at the end; logs are printed when the test fails.
+
+    Args:
+      group: see coordinator.
+      of_last: options that only the last one has.
+    """
+    count = int(group[3])
+    processes = [member(logs, i, *group, *(of_last if i == count - 1 else ())) for i in range(count)]
     try:
         if ready:
             processes[0].wait_until_ready()
@@ -50,8 +58,13 @@ def together(
 
 
 @pytest.fixture(scope="module")
-def pair(logs: pathlib.Path) -> Iterator[list[ServerProcess]]:
-    with together(logs, 2) as processes:
+def pair_options() -> tuple[str, ...]:
+    return coordinator(2)
+
+
+@pytest.fixture(scope="module")
+def pair(logs: pathlib.Path, pair_options: tuple[str, ...]) -> Iterator[list[ServerProcess]]:
+    with together(logs, pair_options) as processes:
         yield processes
 
 
@@ -67,10 +80,23 @@ def test_tokens_are_those_of_one_process(server: ServerProcess, pair: list[Serve
 
 @pytest.mark.slow
 def test_tokens_are_those_of_one_process_when_four_serve(server: ServerProcess, logs: pathlib.Path) -> None:
-    with together(logs, 4) as processes:
+    with together(logs, coordinator(4)) as processes:
         assert [answer(processes[0], body) for body in BODIES] == [answer(server, body) for body in BODIES]
         processes[0].process.send_signal(signal.SIGTERM)
         assert [process.wait_until_ended() for process in processes] == [0] * 4
+
+
+@pytest.mark.slow
+def test_process_that_comes_late_is_refused_by_name_and_the_others_go_on(
+    server: ServerProcess, pair: list[ServerProcess], pair_options: tuple[str, ...], logs: pathlib.Path
+) -> None:
+    late = member(logs, 1, *pair_options)
+    try:
+        assert late.wait_until_ended() == 1
+    finally:
+        late.stop()
+    assert "process 1 is refused: it comes too late, all 2 have been here for" in late.log
+    assert answer(pair[0], BODIES[0]) == answer(server, BODIES[0])
 
 
 @pytest.mark.slow
@@ -89,11 +115,9 @@ def test_killed_follower_ends_open_requests_and_the_leader(pair: list[ServerProc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "named"), [(("--max-rows", "3"), "--max-rows is 3, the leader's is 4"), (("--page-size", "8"), "--page-size is 8")]
-)
-def test_follower_with_other_options_is_refused_by_name(logs: pathlib.Path, options: tuple[str, ...], named: str) -> None:
-    with together(logs, 2, of_last=options, ready=False) as (leader, follower):
+def test_follower_with_other_options_is_refused_by_name_and_so_is_the_start(logs: pathlib.Path) -> None:
+    with together(logs, coordinator(2), "--max-rows", "3", ready=False) as (leader, follower):
         assert follower.wait_until_ended() == 1
         assert leader.wait_until_ended() == 1
-        wait_until(lambda: named in follower.log and named in leader.log, "both say why")
+        for process in (leader, follower):
+            assert "process 1 is refused: its --max-rows is 3, the leader's is 4" in process.log
