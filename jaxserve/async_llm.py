@@ -18,8 +18,9 @@ from jaxserve.config import DEFAULT_MODEL, make_config
 from jaxserve.engine.async_engine import AsyncEngine, OutputStream
 from jaxserve.engine.load import ServedModel
 from jaxserve.errors import ConfigError, EngineUnavailableError, UserError
-from jaxserve.llm import Message, Prompt, RequestResult, ids_of, make_result, render_chat, text_of
+from jaxserve.llm import Message, Prompt, ids_of, render_chat, text_of
 from jaxserve.metrics import Figure, HistogramFigure
+from jaxserve.outputs import RequestResult, make_result
 from jaxserve.request import RequestOutput, SamplingParams, merge_outputs
 
 _LAST_STEP_S = 5.0
@@ -63,7 +64,7 @@ class AsyncLLM:
         return self._served.tokenizer
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0,
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *, priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncIterator[RequestResult]:  # fmt: skip
         """Answer a prompt; each result holds all there is so far, the last one a finish reason for every answer.
@@ -76,24 +77,24 @@ class AsyncLLM:
         return self._stream(
             text_of(prompt),
             ids_of(self._served, prompt),
-            params or SamplingParams(**self._served.defaults),
+            sampling_params or SamplingParams(**self._served.defaults),
             request_id,
             priority,
             cache_salt,
         )
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True, continue_final_message: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None,
-        request_id: str | None = None, priority: int = 0, cache_salt: str | None = None,
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
+        tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None, priority: int = 0, cache_salt: str | None = None,
     ) -> AsyncIterator[RequestResult]:  # fmt: skip
         """Answer a conversation through the model's chat template; see generate."""
         text = render_chat(
-            self._served, messages, tools=tools, add_generation_prompt=add_generation_prompt,
+            self._served.chat, messages, tools=tools, add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message, kwargs=chat_template_kwargs,
         )  # fmt: skip
         ids = self._served.tokenizer.encode(text, add_special_tokens=False)
-        return self._stream(text, ids, params or SamplingParams(**self._served.defaults), request_id, priority, cache_salt)
+        return self._stream(text, ids, sampling_params or SamplingParams(**self._served.defaults), request_id, priority, cache_salt)
 
     def abort(self, request_id: str) -> None:
         """End requests of this id with what they have; their readers get the finish reason "abort"."""
@@ -140,7 +141,7 @@ class AsyncLLM:
                 number, output = await arrived.get()
                 _check(output)
                 answers[number] = merge_outputs([answers[number], output])
-                yield make_result(text, ids, answers)
+                yield make_result(self.tokenizer, text, ids, params, answers)
         finally:
             for pump in pumps:
                 pump.cancel()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import tomllib
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from jaxserve.errors import ConfigError
+from jaxserve.vllm_options import FOREIGN, RENAMED
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -32,7 +34,10 @@ class ModelConfig:
     model: str = _option(DEFAULT_MODEL, "hub id, directory of safetensors, .gguf file or Orbax directory")
     revision: str | None = _option(None, "branch, tag or commit of the model on the hub")
     tokenizer: str | None = _option(None, "hub id or directory of the tokenizer; default: the model's own")
-    chat_template: str | None = _option(None, "file with a Jinja chat template; default: the model's own, else a documented plain one")
+    chat_template: str | None = _option(None, "Jinja chat template, or a file with one; default: the model's own, else a plain one")
+    default_chat_template_kwargs: str | None = _option(
+        None, 'JSON object of variables for the chat template; requests outrank them, e.g. {"enable_thinking": false}'
+    )
     ignore_config_keys: bool = _option(False, "load a model whose config.json has keys that jaxserve does not know")
     generation_config: str = _option(
         "auto", "defaults of sampling parameters; auto: the model's generation_config.json; vllm: none; else a directory with such a file"
@@ -146,7 +151,9 @@ class ServerConfig:
 
     host: str = _option("0.0.0.0", "address to listen on")
     port: int = _option(8000, "port to listen on; 0 takes a free one")
-    api_key: tuple[str, ...] = _option((), "keys that clients must send, comma-separated; default: $JAXSERVE_API_KEY, else none needed")
+    api_key: tuple[str, ...] = _option(
+        (), "keys that clients must send, comma-separated; default: $JAXSERVE_API_KEY or $VLLM_API_KEY, else none"
+    )
     served_model_name: tuple[str, ...] = _option((), "names that clients may use, the first is shown; default: --model")
     # jaxserve/text/tools.py and reasoning.py hold the formats.
     tool_call_parser: Literal[
@@ -158,6 +165,10 @@ class ServerConfig:
     ] = _option("auto", "format of the model's reasoning; auto: as its chat template tells")  # fmt: skip
     enable_auto_tool_choice: bool = _option(True, "let the model decide whether to call a tool; off: such requests get 400")
     cors_origins: tuple[str, ...] = _option((), "origins allowed by CORS, comma-separated; default: CORS is off")
+    root_path: str | None = _option(None, "prefix that a proxy leaves on paths, such as /llm; taken off them")
+    ssl_keyfile: str | None = _option(None, "PEM file of the private key; with --ssl-certfile the server speaks HTTPS")
+    ssl_certfile: str | None = _option(None, "PEM file of the server's certificate and those that it rests on")
+    ssl_ca_certs: str | None = _option(None, "PEM file of authorities; clients must then show a certificate that one of them signed")
     max_body_bytes: int = _option(8 << 20, "largest request body; beyond it clients get 413")
     read_timeout_s: float = _option(30.0, "longest wait for a client to send its whole request")
     write_timeout_s: float = _option(120.0, "longest wait for a client to take a piece of a streamed answer; then the stream is given up")
@@ -197,7 +208,7 @@ class EngineConfig:
     @property
     def api_keys(self) -> tuple[str, ...]:
         """Keys that clients may present; empty when none is needed."""
-        key = os.environ.get("JAXSERVE_API_KEY")
+        key = os.environ.get("JAXSERVE_API_KEY") or os.environ.get("VLLM_API_KEY")
         return self.server.api_key or ((key,) if key else ())
 
     @property
@@ -244,6 +255,8 @@ def _problems_of_mesh(parallel: ParallelConfig) -> list[str]:
     problems: list[str] = []
     if explicit and (count is None or number is None or not 0 <= number < count):
         problems.append("--coordinator HOST:PORT needs --num-processes and a --process-id below it")
+    if explicit and not (parallel.coordinator or "").rpartition(":")[2].isdecimal():
+        problems.append(f"--coordinator={parallel.coordinator} must be auto, or HOST:PORT of process 0")
     if not explicit and (count, number) != (None, None):
         problems.append("--num-processes and --process-id go with --coordinator HOST:PORT")
     try:
@@ -257,6 +270,9 @@ def _problems_of_server(config: EngineConfig) -> list[str]:
     server = config.server
     checks = [
         (0 <= server.port <= 65535, f"--port={server.port} must be in [0, 65535]"),
+        ((server.ssl_keyfile is None) == (server.ssl_certfile is None), "--ssl-keyfile and --ssl-certfile go together"),
+        (server.ssl_ca_certs is None or server.ssl_certfile is not None, "--ssl-ca-certs needs --ssl-keyfile and --ssl-certfile"),
+        (server.root_path is None or server.root_path.startswith("/"), f"--root-path={server.root_path} must begin with a slash"),
         (server.max_body_bytes >= 1024, "--max-body-bytes must be at least 1024"),
         (server.read_timeout_s > 0, "--read-timeout-s must be positive"),
         (server.write_timeout_s > 0, "--write-timeout-s must be positive"),
@@ -271,15 +287,30 @@ def _problems_of_server(config: EngineConfig) -> list[str]:
 
 
 def make_config(values: Mapping[str, Any]) -> EngineConfig:
-    """A config from flat field names, e.g. {"model": "x", "max_len": 512}; unknown names raise ConfigError."""
+    """A config from flat field names, e.g. {"model": "x", "max_len": 512}, None being the default; vLLM's names mean the same.
+
+    Raises: ConfigError for unknown names, and for what vLLM can do and jaxserve cannot.
+    """
     owners = {field.name: section for section, kind in sections() for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(owners))
+    given = {name: value for name, value in values.items() if value is not None}
+    check_foreign({name: given.pop(name) for name in FOREIGN if name in given})
+    unknown = sorted(set(given) - set(owners) - set(RENAMED))
     if unknown:
         raise ConfigError(f"unknown options: {', '.join(unknown)}; known: {', '.join(sorted(owners))}")
     nested: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        nested.setdefault(owners[name], {})[name] = value
+    for name, value in given.items():
+        own = RENAMED.get(name, name)
+        if own != name and own in given:
+            raise ConfigError(f"{name} is vLLM's name of {own}: give one of them")
+        nested.setdefault(owners[own], {})[own] = json.dumps(value) if isinstance(value, Mapping) else value
     return from_tables(nested, "options")
+
+
+def check_foreign(given: Mapping[str, Any]) -> None:
+    """Refuse options of vLLM that ask for what cannot be had. Raises: ConfigError naming them all."""
+    problems = [problem for name, value in given.items() if (problem := FOREIGN[name].problem(name, value)) is not None]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def read_toml(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -339,7 +370,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(inner)
     if typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
-        return isinstance(value, list | tuple) and all(_fits(part, item) for part in cast(Sequence[Any], value))
+        return isinstance(value, item) or (
+            isinstance(value, list | tuple) and all(_fits(part, item) for part in cast(Sequence[Any], value))
+        )
     if inner is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is inner
@@ -348,7 +381,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _coerce(value: Any, hint: Any) -> Any:
     inner = without_none(hint)
     if value is not None and typing.get_origin(inner) is tuple:
-        return tuple(value)
+        return (value,) if isinstance(value, str | int) else tuple(value)
     return float(value) if inner is float and value is not None else value
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -15,41 +16,14 @@ from jaxserve.engine.load import ServedModel, load_engine
 from jaxserve.engine.vectors import ClassificationOutput, EmbeddingOutput, PoolingOutput, PoolingResult, ScoringOutput, Vectors
 from jaxserve.errors import QueueFullError, UserError
 from jaxserve.metrics import Figure, HistogramFigure, Metrics
+from jaxserve.outputs import RequestResult, make_result
 from jaxserve.pooling import PoolingParams
-from jaxserve.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs, merge_outputs
+from jaxserve.request import Request, RequestOutput, SamplingParams, merge_outputs
+from jaxserve.text.chat import ChatTemplate
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionOutput:
-    """One of a prompt's n answers.
-
-    Args:
-      index: 0-based number of the answer.
-      logprobs: one per token, if asked for.
-      finish_reason: None while it goes on, which only AsyncLLM shows.
-      stop_reason: the stop string or token id that ended it, if one did.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RequestResult:
-    """A prompt and its answers; prompt_logprobs has one entry per prompt token, the first None."""
-
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
-    outputs: tuple[CompletionOutput, ...]
-    num_cached_tokens: int
+T = TypeVar("T")
 
 
 class LLM:
@@ -57,8 +31,8 @@ class LLM:
 
     Args:
       model: hub id, directory of safetensors, .gguf file or Orbax directory.
-      options: fields of the configuration by name, such as max_len=2048, dtype="bfloat16", max_rows=32; performance_mode is
-        "throughput" unless given: nobody waits for single tokens here.
+      options: fields of the configuration by name, such as max_len=2048, dtype="bfloat16", max_rows=32, or by vLLM's name, such as
+        max_model_len=2048; performance_mode is "throughput" unless given: nobody waits for single tokens here.
     Raises: ConfigError saying what does not fit.
     """
 
@@ -73,6 +47,10 @@ class LLM:
         """The model's tokenizer."""
         return self._served.tokenizer
 
+    def get_tokenizer(self) -> Any:
+        """The same as a tokenizer of transformers, as vLLM gives it."""
+        return self.tokenizer.to_transformers(self._served.chat.source)
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What answers are sampled with where no parameters are given: the model's own, as --generation-config says."""
         return SamplingParams(**self._served.defaults)
@@ -82,43 +60,53 @@ class LLM:
         return self.metrics.read()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestResult]:
         """Answer each prompt; answers come in the order of the prompts.
 
         Args:
           prompts: one or many of: text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}.
-          params: for all prompts, or one for each; None for those of get_default_sampling_params.
+          sampling_params: for all prompts, or one for each; None for those of get_default_sampling_params.
+          use_tqdm: show a bar, or what makes one.
+          priority: of all prompts, or of each; lower goes first.
         Raises: UserError if any of them cannot be served; then none is.
         """
         listed = _as_list(prompts)
         texts = [text_of(prompt) for prompt in listed]
         ids = [ids_of(self._served, prompt) for prompt in listed]
-        return self._run(texts, ids, _spread(self.get_default_sampling_params() if params is None else params, len(ids)), use_tqdm=use_tqdm)
+        return self._run(texts, ids, sampling_params, use_tqdm, priority)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
         *,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = True,
     ) -> list[RequestResult]:
-        """Answer one conversation, or many, through the model's chat template."""
+        """Answer one conversation, or many, through the model's chat template, or one in its place; see generate."""
+        chat = self._served.chat if chat_template is None else ChatTemplate(chat_template, self.tokenizer)
         single = not messages or isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if single else list(messages)
         texts: list[str | None] = [
             render_chat(
-                self._served, conversation, tools=tools, add_generation_prompt=add_generation_prompt,
+                chat, conversation, tools=tools, add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, kwargs=chat_template_kwargs,
             )
             for conversation in conversations
         ]  # fmt: skip
         ids = [self._served.tokenizer.encode(text or "", add_special_tokens=False) for text in texts]
-        return self._run(texts, ids, _spread(self.get_default_sampling_params() if params is None else params, len(ids)), use_tqdm=use_tqdm)
+        return self._run(texts, ids, sampling_params, use_tqdm, priority)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
@@ -176,24 +164,29 @@ class LLM:
         return Vectors(self._served, self._admission, lambda requests: self._drive(requests, use_tqdm=use_tqdm))
 
     def _run(
-        self, texts: list[str | None], prompts: list[list[int]], params: list[SamplingParams], *, use_tqdm: bool
-    ) -> list[RequestResult]:
+        self, texts: list[str | None], prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool | Callable[..., Any], priority: int | Sequence[int] | None,
+    ) -> list[RequestResult]:  # fmt: skip
+        chosen = _spread("sampling_params", self.get_default_sampling_params() if params is None else params, len(prompts))
+        priorities = _spread("priority", 0 if priority is None else priority, len(prompts))
         requests: list[list[Request]] = []
-        for ids, each in zip(prompts, params, strict=True):
+        for ids, each, rank in zip(prompts, chosen, priorities, strict=True):
             constraint = None if each.structured_outputs is None else self._served.grammars.compile(each.structured_outputs)
-            requests.append([self._admission.make_request(ids, each.of_answer(number), constraint=constraint) for number in range(each.n)])
+            make = functools.partial(self._admission.make_request, ids, priority=rank, constraint=constraint)
+            requests.append([make(each.of_answer(number)) for number in range(each.n)])
         answers = self._drive([request for group in requests for request in group], use_tqdm=use_tqdm)
         return [
-            make_result(text, ids, [answers[request.id] for request in group])
-            for text, ids, group in zip(texts, prompts, requests, strict=True)
+            make_result(self.tokenizer, text, ids, each, [answers[request.id] for request in group])
+            for text, ids, each, group in zip(texts, prompts, chosen, requests, strict=True)
         ]
 
-    def _drive(self, requests: list[Request], *, use_tqdm: bool) -> dict[str, RequestOutput]:
+    def _drive(self, requests: list[Request], *, use_tqdm: bool | Callable[..., Any]) -> dict[str, RequestOutput]:
         """Run the engine until every request has ended; on an interrupt none stays behind."""
         parts: dict[str, list[RequestOutput]] = {request.id: [] for request in requests}
         waiting = list(reversed(requests))
         try:
-            with tqdm(total=len(requests), desc="generating", unit="request", disable=None if use_tqdm else True) as bar:
+            show = use_tqdm if callable(use_tqdm) else functools.partial(tqdm, disable=None if use_tqdm else True)
+            with show(total=len(requests), desc="generating", unit="request") as bar:
                 while waiting or self._engine.has_work:
                     self._admit(waiting)
                     for output in self._engine.step():
@@ -236,11 +229,11 @@ def text_of(prompt: Prompt) -> str | None:
 
 
 def render_chat(
-    served: ServedModel, conversation: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool,
+    chat: ChatTemplate, conversation: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool,
     continue_final_message: bool, kwargs: Mapping[str, Any] | None,
 ) -> str:  # fmt: skip
     """A conversation as the model's chat template prints it."""
-    return served.chat.render(
+    return chat.render(
         [dict(message) for message in conversation], tools=None if tools is None else [dict(tool) for tool in tools],
         add_generation_prompt=add_generation_prompt and not continue_final_message, continue_final_message=continue_final_message,
         kwargs=dict(kwargs or {}),
@@ -264,33 +257,10 @@ def _inputs(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
     ]
 
 
-def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling params for {count} prompts")
-    return list(params)
-
-
-def make_result(text: str | None, ids: list[int], answers: Sequence[RequestOutput]) -> RequestResult:
-    """A prompt and its answers, whole or as far as they have come."""
-    outputs: list[CompletionOutput] = []
-    for index, answer in enumerate(answers):
-        outputs.append(
-            CompletionOutput(
-                index=index,
-                text=answer.text,
-                token_ids=answer.token_ids,
-                logprobs=answer.logprobs,
-                finish_reason=answer.finish_reason,
-                stop_reason=answer.stop_reason,
-            )
-        )
-    first = answers[0]
-    return RequestResult(
-        prompt=text,
-        prompt_token_ids=tuple(ids),
-        prompt_logprobs=first.prompt_logprobs,
-        outputs=tuple(outputs),
-        num_cached_tokens=first.num_cached_tokens,
-    )
+def _spread(name: str, given: T | Sequence[T], count: int) -> list[T]:
+    """One for each prompt."""
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{len(given)} {name} for {count} prompts")
+    return list(given)

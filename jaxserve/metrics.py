@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 # vLLM's buckets, so that its dashboards read the same.
@@ -24,6 +24,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N = (1, 2, 5, 10, 20)
 LABELS = ("model_name", "engine")
+_CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class Metrics:
       model_name: the name shown to clients, value of the label `model_name`.
     """
 
-    content_type = CONTENT_TYPE_LATEST
+    content_type = CONTENT_TYPE_PLAIN_0_0_4  # which every scraper knows
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -117,6 +118,9 @@ class Metrics:
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting for pages or rows.")
         self.cache_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of cache pages in use, 0 to 1.")
         self.pages_total = self._gauge("jaxserve:cache_pages", "Pages in the cache.")
+        self._cache_config = Gauge(
+            "vllm:cache_config_info", "How the cache is laid out.", (*LABELS, *_CACHE_LABELS), registry=self.registry
+        )
         self.compile_seconds = self._gauge("jaxserve:warmup_compile_seconds", "Seconds that compiling every shape took at start.")
 
     def _make_counters(self) -> None:
@@ -131,6 +135,8 @@ class Metrics:
         self.step_tokens_real = self._counter("jaxserve:step_tokens_real", "Tokens computed for requests.")
         self.step_tokens_padded = self._counter("jaxserve:step_tokens_padding", "Tokens computed as padding of a bucket.")
         self._success = Counter("vllm:request_success", "Requests finished.", (*LABELS, "finished_reason"), registry=self.registry)
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(**self._labels, finished_reason=reason)  # rates begin at zero
 
     def _make_histograms(self) -> None:
         self.ttft_s = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
@@ -155,6 +161,11 @@ class Metrics:
     def finished(self, reason: str) -> None:
         """Count one finished request by its finish reason."""
         self._success.labels(**self._labels, finished_reason=reason).inc()
+
+    def cache_config(self, *, page_size: int, num_pages: int, prefix_cache: bool, dtype: str) -> None:
+        """Show the cache as autoscalers and routers for vLLM look for it: a gauge that is 1, with labels."""
+        values = (str(page_size), str(num_pages), str(prefix_cache), dtype)
+        self._cache_config.labels(**self._labels, **dict(zip(_CACHE_LABELS, values, strict=True))).set(1)
 
     def step_seconds(self, shape: str, seconds: float) -> None:
         """Record the duration of one step of the named shape, in seconds."""

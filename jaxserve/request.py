@@ -159,7 +159,7 @@ class SamplingParams:
       allowed_token_ids: the only tokens that may be sampled.
       bad_words: texts that the output must not contain; the token that would complete one, with or without a space before it, is banned.
       min_tokens: end-of-sequence and stop token ids are not sampled before this many tokens.
-      seed: makes the request's tokens repeatable; None draws one at arrival.
+      seed: makes the request's tokens repeatable; None and -1 draw one at arrival.
       n: independent answers to one prompt; the front end makes n requests of it.
       stop: strings that end the output, cut from it unless include_stop_str_in_output.
       stop_token_ids: token ids that end the output, as the end-of-sequence id does.
@@ -206,7 +206,8 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids", "logprob_token_ids", "bad_words"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)  # as in vLLM
         object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
         self._check_numbers()
         self._check_lists()
@@ -243,9 +244,13 @@ class SamplingParams:
                 if not 0 <= token < vocab_size:
                     raise UserError(field, f"token id {token} is outside the vocabulary of {vocab_size} tokens")
 
+    def clone(self) -> SamplingParams:
+        """The same: nothing changes them."""
+        return self
+
     def of_answer(self, number: int) -> SamplingParams:
-        """Those of one of the n answers; seeds run on, and wrap where 64 bits end."""
-        seed = None if self.seed is None else (self.seed + number + 2**63) % 2**64 - 2**63
+        """Those of one of the n answers; seeds run on, and wrap below zero."""
+        seed = None if self.seed is None else (self.seed + number) % 2**63
         return self if self.n == 1 else dataclasses.replace(self, n=1, seed=seed)
 
     @property

@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -82,7 +83,9 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         self._engine.start()
-        log.info("listening on http://%s:%d", self._config.host, self._listener.getsockname()[1])
+        log.info(
+            "listening on %s://%s:%d", "https" if self._config.ssl_certfile else "http", self._config.host, self._listener.getsockname()[1]
+        )
         serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         stopping = asyncio.create_task(self._stop_asked.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -110,11 +113,18 @@ class Server:
 
 
 def _uvicorn_config(server: ServerConfig, engine: AsyncEngine) -> uvicorn.Config:
-    return uvicorn.Config(
+    """Raises: ConfigError if the files for HTTPS cannot be used."""
+    config = uvicorn.Config(
         create_app(engine), http=Connection.with_timeouts(server.read_timeout_s, server.write_timeout_s), ws="none", lifespan="off",
         log_config=None, access_log=server.access_log, proxy_headers=False, server_header=False, backlog=_BACKLOG, timeout_keep_alive=75,
-        timeout_graceful_shutdown=_LAST_BYTES_S,
+        timeout_graceful_shutdown=_LAST_BYTES_S, ssl_keyfile=server.ssl_keyfile, ssl_certfile=server.ssl_certfile,
+        ssl_ca_certs=server.ssl_ca_certs, ssl_cert_reqs=ssl.CERT_NONE if server.ssl_ca_certs is None else ssl.CERT_REQUIRED,
     )  # fmt: skip
+    try:
+        config.load()
+    except OSError as error:  # of which ssl's own errors are
+        raise ConfigError(f"cannot use --ssl-keyfile, --ssl-certfile or --ssl-ca-certs: {error}") from None
+    return config
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -163,12 +173,12 @@ def main() -> None:
         logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         if is_follower(config.parallel):
             _follow(config)
-        listener = _listen(config.server.host, config.server.port)
+        server = Server(config, _listen(config.server.host, config.server.port))
     except ConfigError as error:
         sys.exit(f"jaxserve: {error}")
     _raise_file_limit()
     gc.set_threshold(10_000, 50, 50)  # a full collection among a model's many objects would stall a step
-    sys.exit(Server(config, listener).run())
+    sys.exit(server.run())
 
 
 if __name__ == "__main__":

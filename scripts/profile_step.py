@@ -3,6 +3,7 @@
 1. Load a model, answer --rows requests of --input-len random tokens, unmeasured.
 2. Answer them again under the profiler, --output-len tokens each.
 3. Print, by operation and by shape where the program tells it, time per step and share; --trace DIR keeps the trace for a viewer.
+4. Print the time of a decode step, and what sampling alone takes of it with every feature off.
 
 Operations of a CPU nest (a while loop holds what runs in it), and threads run side by side: shares may add up to more than 1.
 """
@@ -16,17 +17,21 @@ import json
 import pathlib
 import random
 import re
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
+import jax.numpy as jnp
 from bench_offline import parse_option
 from bench_serving import random_prompt
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.runner.sampling import SamplingRows, sample, slot_state_shapes
 
 _HOST = ("$", "end:", "Thunk", "Pjit", "PjRt", "Common", "Parse", "Handle", "DevicePut", "H2D", "D2H", "Threadpool", "TfrtCpu")
 
@@ -53,6 +58,35 @@ def main() -> None:
         with jax.profiler.trace(str(directory)):
             engine.generate(prompts, params, use_tqdm=False)
         report(list(read_events(directory)), args.top, args.output_len)
+    short = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    spent = [1e3 * _seconds(lambda one=one: engine.generate(prompts, one, use_tqdm=False)) for one in (short, params)]
+    step = (spent[1] - spent[0]) / max(args.output_len - 1, 1)
+    times = {name: sampling_ms(args.rows, engine.tokenizer.vocab_size, heat) for name, heat in (("greedy", 0.0), ("random", 1.0))}
+    shares = ", ".join(f"{name} {milliseconds:.3f} ms ({milliseconds / step:.1%})" for name, milliseconds in times.items())
+    print(f"decode step {step:.2f} ms; sampling alone, all features off: {shares}")
+
+
+def sampling_ms(num_rows: int, vocab_size: int, temperature: float, repeats: int = 50) -> float:
+    """Median milliseconds of sampling `num_rows` tokens with every feature off."""
+    whole = {"slot": jnp.arange(num_rows), "seed": jnp.arange(num_rows, dtype=jnp.uint32), "position": jnp.full(num_rows, 7)}
+    off = {"wants": 0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    rows = SamplingRows(**whole, **{name: jnp.full(num_rows, value) for name, value in {**off, "temperature": temperature}.items()})
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), slot_state_shapes(num_rows, vocab_size))
+    logits = jax.random.normal(jax.random.key(0), (num_rows, vocab_size))
+    run = jax.jit(sample, donate_argnums=2)
+    times: list[float] = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        tokens, _, state = run(logits, rows, state)
+        tokens.block_until_ready()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[1:])
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
 
 
 def read_events(directory: pathlib.Path) -> Iterator[tuple[str, float]]:

@@ -80,6 +80,9 @@ def test_keys_come_from_the_environment_unless_given(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JAXSERVE_API_KEY", "secret")
     assert parse_args([]).api_keys == ("secret",)
     assert parse_args(["--api-key", "other"]).api_keys == ("other",)
+    monkeypatch.delenv("JAXSERVE_API_KEY")
+    monkeypatch.setenv("VLLM_API_KEY", "theirs")
+    assert parse_args([]).api_keys == ("theirs",)
 
 
 def test_mesh_comes_from_one_option_or_from_vllms() -> None:
@@ -91,11 +94,12 @@ def test_mesh_comes_from_one_option_or_from_vllms() -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        {"ssl_keyfile": "k"}, {"ssl_ca_certs": "c"}, {"root_path": "llm"},
         {"mesh": "tensor=4", "tensor_parallel_size": 4}, {"mesh": "pipe=2"}, {"mesh": "tensor"}, {"mesh": "tensor=2,tensor=2"},
         {"mesh": "tensor=0"}, {"mesh": ""}, {"coordinator": "h:1"}, {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
-        {"num_processes": 2},
+        {"num_processes": 2}, {"coordinator": "host", "num_processes": 2, "process_id": 0},
     ],
 )  # fmt: skip
-def test_meshes_and_groups_that_cannot_be_are_refused(options: dict[str, object]) -> None:
+def test_meshes_groups_and_servers_that_cannot_be_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         make_config(options)

@@ -24,7 +24,17 @@ def test_counters_end_in_total_and_carry_the_engine() -> None:
     metrics.finished("stop")
     text = metrics.render().decode()
     assert 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 1.0' in text
+    assert 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="m"} 0.0' in text
     assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 0.0' in text
+
+
+def test_cache_is_shown_as_routers_for_vllm_look_for_it() -> None:
+    metrics = Metrics("m")
+    metrics.cache_config(page_size=16, num_pages=70, prefix_cache=True, dtype="auto")
+    labels = {"block_size": "16", "num_gpu_blocks": "70", "enable_prefix_caching": "True", "cache_dtype": "auto"}
+    found = next(figure for figure in metrics.read() if figure.name == "vllm:cache_config_info")
+    assert isinstance(found, Figure)
+    assert (found.value, found.labels) == (1, {"model_name": "m", "engine": "0", **labels})
 
 
 def test_figures_are_what_prometheus_reads() -> None:

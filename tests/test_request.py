@@ -35,9 +35,16 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
 
 def test_seeds_of_answers_run_on_and_wrap() -> None:
     params = SamplingParams(n=3, seed=2**63 - 2, top_k=4)
-    assert [params.of_answer(number).seed for number in range(3)] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert [params.of_answer(number).seed for number in range(3)] == [2**63 - 2, 2**63 - 1, 0]
     assert params.of_answer(1) == SamplingParams(seed=2**63 - 1, top_k=4)
     assert SamplingParams(n=2).of_answer(1).seed is None
+    assert SamplingParams(seed=-1).seed is None
+    assert None not in [SamplingParams(n=4, seed=-3).of_answer(number).seed for number in range(4)]
+
+
+def test_none_stands_for_no_entries_and_a_clone_is_the_same() -> None:
+    params = SamplingParams(stop=None, stop_token_ids=None, bad_words=None, logprob_token_ids=None)  # type: ignore[arg-type]
+    assert params == SamplingParams() == params.clone()
 
 
 def test_minus_one_turns_top_k_off() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -25,6 +26,7 @@ from jaxserve.engine.beam import check_beams
 from jaxserve.engine.stream import start_all
 from jaxserve.errors import EngineUnavailableError, UserError
 from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs
+from jaxserve.version import VERSION
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine, OutputStream
@@ -63,6 +65,12 @@ def served_name(config: EngineConfig, asked: str | None) -> str:
 def answer_id(kind: str, request_id: str | None) -> str:
     """A fresh id such as chatcmpl-..., or one made of the client's own."""
     return f"{kind}-{request_id or uuid.uuid4().hex}"
+
+
+def answer_head(kind: str, request_id: str, name: str, model: str) -> dict[str, Any]:
+    """The members that an answer, or each chunk of it, begins with; `name` is the object that it is."""
+    now = int(time.time())
+    return {"id": answer_id(kind, request_id), "object": name, "created": now, "model": model, "system_fingerprint": f"jaxserve-{VERSION}"}
 
 
 def check_chars(field: str, chars: int, max_len: int) -> None:

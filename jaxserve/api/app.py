@@ -18,8 +18,9 @@ from jaxserve.api.capabilities import CapabilityPage
 from jaxserve.api.chat import ChatEndpoint
 from jaxserve.api.completions import CompletionEndpoint
 from jaxserve.api.errors import GenerationError, error_response_async
+from jaxserve.api.invocations import InvocationsEndpoint
 from jaxserve.api.messages import messages_operations
-from jaxserve.api.middleware import OPEN_PATHS, KeyCheck, RequestIds
+from jaxserve.api.middleware import OPEN_PATHS, KeyCheck, RequestIds, RootPath
 from jaxserve.api.models import ModelPages
 from jaxserve.api.openapi import DocumentPages
 from jaxserve.api.operation import Body, Operation, make_routes
@@ -50,7 +51,8 @@ def create_app(engine: AsyncEngine) -> ASGIApp:
     # A redirect would be built from the Host header; a path with a slash too many is simply not there.
     app.router.redirect_slashes = False
     # Outermost, so that error pages of every layer carry an id.
-    return RequestIds(app)
+    prefix = engine.config.server.root_path
+    return RequestIds(app if prefix is None else RootPath(app, prefix))
 
 
 def operations(engine: AsyncEngine) -> list[Operation]:
@@ -82,6 +84,11 @@ def _generation(engine: AsyncEngine) -> list[Operation]:
         Operation(
             path="/v1/completions", methods=_POST, handler=CompletionEndpoint(engine), tag="generation", streams=True,
             summary="Continue texts", body=Body(complete, examples.COMPLETION),
+        ),
+        Operation(
+            path="/invocations", methods=_POST, handler=InvocationsEndpoint(engine), tag="generation", streams=True,
+            summary="Continue texts, or answer a conversation where there are messages; for SageMaker",
+            body=Body(complete, examples.COMPLETION),
         ),
         *responses_operations(engine),
         *messages_operations(engine),

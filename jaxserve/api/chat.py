@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.api.answers import Running, UsageCount, answer_id
+from jaxserve.api.answers import Running, UsageCount, answer_head
 from jaxserve.api.chunks import ChunkPrinter
 from jaxserve.api.conversation import plain_text
 from jaxserve.api.endpoint import JsonEndpoint
@@ -38,7 +37,8 @@ class ChatEndpoint(JsonEndpoint):
         printer = ChatPrinter(request, turn)
         async with Running(receive, turn.streams) as running:
             if request.options.stream:
-                await stream_answer(send, running, printer, write_timeout_s=self.server.write_timeout_s)
+                interval = request.options.stream_interval
+                await stream_answer(send, running, printer, write_timeout_s=self.server.write_timeout_s, interval=interval)
                 return
             outputs = [await running.collect(stream) for stream in turn.streams]
         heavy = is_heavy(*outputs) or (turn.reading is not None and sum(len(output.text) for output in outputs) > INLINE_CHARS)
@@ -51,12 +51,16 @@ class ChatPrinter(ChunkPrinter):
     def __init__(self, request: ChatRequest, turn: Turn) -> None:
         options, reading = request.options, turn.reading
         kind = "chat.completion.chunk" if options.stream else "chat.completion"
-        head = {"id": answer_id("chatcmpl", options.request_id), "object": kind, "created": int(time.time()), "model": turn.name}
+        head = answer_head("chatcmpl", options.request_id, kind, turn.name)
         super().__init__(options, UsageCount([len(turn.prompt_ids)], options.params.n), head)
-        self._prompt_ids = turn.prompt_ids
+        # Of the first chunk, or of the answer that is not streamed.
+        self._prompt: dict[str, Any] = {"prompt_token_ids": turn.prompt_ids} if options.return_token_ids else {}
+        if request.return_prompt_text:
+            self._prompt["prompt_text"] = turn.prompt_text
         self._names = TokenNames(turn.served.tokenizer, as_ids=options.tokens_as_ids)
         last = request.rendering.messages[-1]
         self._echo = plain_text(last["content"]) if options.echo and last["role"] == "assistant" else ""
+        self._legacy = request.rendering.choice.legacy
         self._readers = [AnswerReader(reading, call_prefix="chatcmpl-tool-") for _ in range(options.params.n)]
         self._unread: list[list[RequestOutput]] = [[] for _ in range(options.params.n)]  # outputs whose text a reader still holds
         self._begun = [False] * options.params.n
@@ -73,7 +77,7 @@ class ChatPrinter(ChunkPrinter):
             return self._before[index] + orjson.dumps(output.text) + b'},"logprobs":null,"finish_reason":null}]}\n\n'
         events = b"" if self._begun[index] else self._first(index)
         self._begun[index] = True
-        deltas = [_delta(part) for part in self._readers[index].parts(output)]
+        deltas = [_delta(part, self._legacy) for part in self._readers[index].parts(output)]
         if not deltas and output.finish_reason is None:
             self._unread[index].append(output)
             return events
@@ -83,8 +87,8 @@ class ChatPrinter(ChunkPrinter):
             events += self._chunk(index, delta, **extras)
             extras = {}
         if output.finish_reason is not None:
-            stop: dict[str, Any] = {} if output.stop_reason is None else {"stop_reason": output.stop_reason}
-            events += self._chunk(index, {}, **extras, finish_reason=self._readers[index].finish_reason(output.finish_reason), **stop)
+            reason = self._readers[index].finish_reason(output.finish_reason)
+            events += self._chunk(index, {}, **extras, finish_reason=reason, stop_reason=output.stop_reason)
         return events
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
@@ -94,7 +98,7 @@ class ChatPrinter(ChunkPrinter):
             self._usage.see(index, output)
             choice: dict[str, Any] = {
                 "index": index,
-                "message": _message(self._readers[index].parts(output), self._echo),
+                "message": _message(self._readers[index].parts(output), self._echo, self._legacy),
                 "logprobs": None,
                 **self._extras(output),
                 "finish_reason": self._readers[index].finish_reason(output.finish_reason),
@@ -104,13 +108,11 @@ class ChatPrinter(ChunkPrinter):
         answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.total()}
         if self._options.params.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs or (), self._options.params.prompt_logprobs, self._names)
-        if self._options.return_token_ids:
-            answer["prompt_token_ids"] = self._prompt_ids
-        return orjson.dumps(answer)
+        return orjson.dumps(answer | self._prompt)
 
     def _first(self, index: int) -> bytes:
-        head = {"prompt_token_ids": self._prompt_ids} if self._options.return_token_ids and not any(self._begun) else {}
-        events = self._chunk(index, {"role": "assistant", "content": ""}, top=head)
+        top = None if any(self._begun) else self._prompt
+        events = self._chunk(index, {"role": "assistant", "content": ""}, top=top)
         return events + (self._chunk(index, {"content": self._echo}) if self._echo else b"")
 
     def _extras(self, output: RequestOutput) -> dict[str, Any]:
@@ -133,19 +135,23 @@ class ChatPrinter(ChunkPrinter):
         return frame(orjson.dumps(body))
 
 
-def _delta(part: Part) -> dict[str, Any]:
+def _delta(part: Part, legacy: bool) -> dict[str, Any]:
     match part:
         case Content(text):
             return {"content": text}
         case Reasoning(text):
             return {"reasoning": text, "reasoning_content": text}
+        case CallStart(_, name) if legacy:
+            return {"function_call": {"name": name, "arguments": ""}}
+        case CallArguments(_, text) if legacy:
+            return {"function_call": {"arguments": text}}
         case CallStart(index, name, call_id):
             return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}]}
         case CallArguments(index, text):
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-def _message(parts: list[Part], echo: str) -> dict[str, Any]:
+def _message(parts: list[Part], echo: str, legacy: bool) -> dict[str, Any]:
     """The whole message; content is null where there is none."""
     content = echo + "".join(part.text for part in parts if isinstance(part, Content))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
@@ -159,4 +165,6 @@ def _message(parts: list[Part], echo: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": None if is_empty else content, "refusal": None}
     if reasoning:
         message |= {"reasoning": reasoning, "reasoning_content": reasoning}
-    return message | {"tool_calls": calls} if calls else message
+    if calls:
+        message |= {"function_call": calls[0]["function"]} if legacy else {"tool_calls": calls}
+    return message

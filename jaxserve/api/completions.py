@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.api.answers import Running, UsageCount, answer_id, check_chars, ready, served_name, submit, truncate
+from jaxserve.api.answers import Running, UsageCount, answer_head, check_chars, ready, served_name, submit, truncate
 from jaxserve.api.chunks import ChunkPrinter
 from jaxserve.api.endpoint import JsonEndpoint
-from jaxserve.api.logprobs import TokenNames, completion_logprobs, is_heavy, prompt_logprobs
+from jaxserve.api.logprobs import Pieces, TokenNames, completion_logprobs, is_heavy, prompt_logprobs
 from jaxserve.api.protocol import CompletionRequest, decode_completion
 from jaxserve.api.sse import frame, stream_answer
 from jaxserve.api.wire import INLINE_BYTES, INLINE_CHARS, off_loop, send_json
@@ -47,7 +46,8 @@ class CompletionEndpoint(JsonEndpoint):
         printer = CompletionPrinter(request, name, prompts, served)
         async with Running(receive, streams) as running:
             if options.stream:
-                await stream_answer(send, running, printer, write_timeout_s=self.server.write_timeout_s)
+                interval = options.stream_interval
+                await stream_answer(send, running, printer, write_timeout_s=self.server.write_timeout_s, interval=interval)
                 return
             outputs = [await printer.collect(running, stream) for stream in streams]
         await send_json(send, await off_loop(is_heavy(*outputs), lambda: printer.whole(outputs)))
@@ -89,13 +89,13 @@ class CompletionPrinter(ChunkPrinter):
     def __init__(self, request: CompletionRequest, name: str, prompts: list[Prompt], served: ServedModel) -> None:
         options = request.options
         n = options.params.n
-        head = {"id": answer_id("cmpl", options.request_id), "object": "text_completion", "created": int(time.time()), "model": name}
+        head = answer_head("cmpl", options.request_id, "text_completion", name)
         super().__init__(options, UsageCount([len(prompt.ids) for prompt in prompts], n), head)
         self._request = request
         self._prompts = prompts
         self._names = TokenNames(served.tokenizer, as_ids=options.tokens_as_ids)
         self._begun = [False] * len(prompts) * n
-        self._offsets = [0] * len(prompts) * n
+        self._pieces = [Pieces(self._names) for _ in self._begun]
         self._plain = options.params.num_logprobs is None and not (options.return_token_ids or options.continuous_usage or options.echo)
         before = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":[{"index":'
         self._before = [before + b'%d,"text":' % index for index in range(len(self._begun))]
@@ -124,7 +124,7 @@ class CompletionPrinter(ChunkPrinter):
         if self._plain and output.finish_reason is None:
             return self._before[index] + orjson.dumps(output.text) + b',"logprobs":null,"finish_reason":null}]}\n\n'
         choice = self._choice(index, output)
-        if output.stop_reason is not None:
+        if output.finish_reason is not None:
             choice["stop_reason"] = output.stop_reason
         body: dict[str, Any] = {**self._head, "choices": [choice]}
         if self._options.continuous_usage:
@@ -157,9 +157,7 @@ class CompletionPrinter(ChunkPrinter):
         num_logprobs = self._options.params.num_logprobs
         if num_logprobs is not None:
             positions = ((output.prompt_logprobs or ()) if echoed.ids else ()) + (output.logprobs or ())
-            shown = completion_logprobs(positions, echoed.ids, num_logprobs, self._names, self._offsets[index])
-            self._offsets[index] += sum(map(len, shown["tokens"]))
-            choice["logprobs"] = shown
+            choice["logprobs"] = completion_logprobs(positions, echoed.ids, num_logprobs, self._pieces[index])
         if self._options.return_token_ids:
             choice["token_ids"] = output.token_ids
             if first:

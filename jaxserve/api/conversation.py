@@ -47,12 +47,14 @@ class ToolChoice:
       kind: "named" for the one of `name`.
       parallel: more than one call in an answer.
       strict: tools whose arguments must be of their schemas.
+      legacy: they were given as functions, and calls are shown as the first of OpenAI's APIs did.
     """
 
     kind: Literal["none", "auto", "required", "named"]
     name: str | None = None
     parallel: bool = True
     strict: frozenset[str] = frozenset()
+    legacy: bool = False
 
 
 def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
@@ -60,6 +62,8 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]
 
     Raises: UserError naming the field at fault.
     """
+    if fields.given("functions") or fields.given("function_call"):
+        return _read_functions(fields)
     given = fields.objects("tools", max_items=MAX_TOOLS)
     tools = [_tool(tool) for tool in given]
     strict = frozenset(tool["function"]["name"] for tool, own in zip(tools, given, strict=True) if own.raw("function").get("strict"))
@@ -72,6 +76,19 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]
     if not tools and kind == "auto" and not fields.given("tools"):
         raise fields.error("tool_choice", "needs tools, and none are given")
     return choose_tools(tools, kind, parallel=parallel, strict=strict)
+
+
+def _read_functions(fields: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+    """The same of functions and function_call, which tools and tool_choice have replaced."""
+    if fields.given("tools") or fields.given("tool_choice"):
+        raise fields.error("functions", "and tools cannot both be given")
+    tools = [_described(function) for function in fields.objects("functions", max_items=MAX_TOOLS)]
+    named = fields.object("function_call") if isinstance(fields.raw("function_call"), dict) else None
+    kind = "named" if named is not None else fields.text("function_call", "auto" if tools else "none", choices=("none", "auto"))
+    if not tools and kind != "none":
+        raise fields.error("function_call", "needs functions, and none are given")
+    found, choice = choose_tools(tools, kind, named=named, parallel=False)
+    return found, dataclasses.replace(choice, legacy=True)
 
 
 def choose_tools(
@@ -138,12 +155,13 @@ def _message(fields: Fields) -> dict[str, Any]:
         raise fields.error("role", f"is required: one of {', '.join(ROLES)}")
     if role != "assistant" and "content" not in fields:
         raise fields.error("content", "is required")
-    message: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": read_content(fields)}
+    thoughts, said = _take_thoughts(fields) if role == "assistant" else (None, fields)
+    message: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": read_content(said)}
     for name in ("name", "tool_call_id"):
         text = fields.text(name, None, max_chars=MAX_NAME_CHARS)
         if text is not None:
             message[name] = text
-    reasoning = fields.text("reasoning_content", fields.text("reasoning", None))
+    reasoning = fields.text("reasoning_content", fields.text("reasoning", thoughts))
     if reasoning is not None:
         message["reasoning_content"] = reasoning
     calls = [_tool_call(call) for call in fields.objects("tool_calls", max_items=MAX_TOOLS)]
@@ -155,6 +173,18 @@ def _message(fields: Fields) -> dict[str, Any]:
             raise fields.error("tool_calls", f"belongs to the assistant, not to role {role!r}")
         message["tool_calls"] = calls
     return message
+
+
+def _take_thoughts(fields: Fields) -> tuple[str | None, Fields]:
+    """The reasoning among the parts of a message, if there is any, and the message without it."""
+    value = fields.raw("content")
+    if not is_array(value):
+        return None, fields
+    thoughts = [Fields(part, fields.path("content")) for part in value if is_object(part) and part.get("type") == "thinking"]
+    if not thoughts:
+        return None, fields
+    rest = [part for part in value if not (is_object(part) and part.get("type") == "thinking")]
+    return "\n".join(thought.text("thinking", "") for thought in thoughts), Fields({"content": rest}, fields.path("content"))
 
 
 def read_content(fields: Fields, name: str = "content") -> str | list[dict[str, str]]:
@@ -207,11 +237,12 @@ def read_function(fields: Fields, arguments_name: str = "arguments") -> dict[str
         raise fields.error("name", "is required")
     arguments = fields.raw(arguments_name)
     if isinstance(arguments, str) and arguments.strip():
-        # Templates print arguments as objects; clients send the text that the model once wrote.
+        # Templates print arguments as objects; clients send the text that the model once wrote. Where that was no object, a refusal
+        # would end the conversation for good; vLLM goes on without the arguments too.
         try:
             arguments = parse_object(arguments.encode("utf-8"))
         except UserError:
-            raise fields.error(arguments_name, "must be a string holding a JSON object") from None
+            arguments = {}
     elif arguments is None or isinstance(arguments, str):
         arguments = {}
     if not is_object(arguments):
@@ -220,11 +251,14 @@ def read_function(fields: Fields, arguments_name: str = "arguments") -> dict[str
 
 
 def _tool(fields: Fields) -> dict[str, Any]:
-    if fields.text("type", None) != "function":
-        raise fields.error("type", "must be 'function'")
+    fields.text("type", "function", choices=("function",))
     function = fields.object("function")
     if function is None:
         raise fields.error("function", "is required")
+    return _described(function)
+
+
+def _described(function: Fields) -> dict[str, Any]:
     # As the client wrote it, since templates print it whole; but none knows strict.
     given = {key: function.raw(key) for key in function if function.given(key) and key != "strict"}
     return {"type": "function", "function": {**given, **read_signature(function)}}

@@ -37,6 +37,7 @@ CHAT: tuple[dict[str, Any], ...] = (
         "documents": [{"title": "Rome", "text": "Rome is sunny."}],
     },
     {"messages": [_USER], "structured_outputs": {"regex": "(yes|no)"}, "temperature": 0},
+    {"messages": [_USER], "functions": [{"name": "weather", "parameters": _SCHEMA}], "function_call": "auto"},
 )
 
 COMPLETION: tuple[dict[str, Any], ...] = (

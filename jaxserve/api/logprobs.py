@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
         self._tokenizer = tokenizer
-        self._as_ids = as_ids
+        self.as_ids = as_ids
         self._texts: dict[int, str] = {}
         self._bytes: dict[int, list[int]] = {}
 
@@ -38,7 +39,7 @@ class TokenNames:
         """The token as shown to the client."""
         text = self._texts.get(token)
         if text is None:
-            text = self._texts[token] = f"token_id:{token}" if self._as_ids else self._tokenizer.token_text(token)
+            text = self._texts[token] = f"token_id:{token}" if self.as_ids else self._tokenizer.token_text(token)
         return text
 
     def bytes(self, token: int) -> list[int]:
@@ -47,6 +48,36 @@ class TokenNames:
         if values is None:
             values = self._bytes[token] = list(self._tokenizer.token_bytes(token))
         return values
+
+
+class Pieces:
+    """Tokens as pieces of a text that add up to it, as offsets need them: a character belongs to the token that completes it.
+
+    Attributes:
+      num_chars: of the tokens taken.
+    """
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = b""  # of a character
+        self.num_chars = 0
+
+    def text(self, token: int) -> str:
+        """What a token would add at this place."""
+        shown = self._names.text(token)
+        if self._names.as_ids or not (self._begun or "\ufffd" in shown):
+            return shown
+        self._decoder.setstate((self._begun, 0))
+        return self._decoder.decode(bytes(self._names.bytes(token)))
+
+    def take(self, token: int) -> str:
+        """What the token adds that stands at this place; goes on to the next one."""
+        self._decoder.reset()
+        text = self.text(token)
+        self._begun = self._decoder.getstate()[0]
+        self.num_chars += len(text)
+        return text
 
 
 def chat_logprobs(positions: Sequence[TokenLogprobs], num_top: int, names: TokenNames) -> dict[str, Any]:
@@ -63,27 +94,26 @@ def chat_logprobs(positions: Sequence[TokenLogprobs], num_top: int, names: Token
     }
 
 
-def completion_logprobs(
-    positions: Sequence[TokenLogprobs | None], prompt: Sequence[int], num_top: int, names: TokenNames, offset: int
-) -> dict[str, Any]:
+def completion_logprobs(positions: Sequence[TokenLogprobs | None], prompt: Sequence[int], num_top: int, pieces: Pieces) -> dict[str, Any]:
     """OpenAI's completion shape: parallel lists, the first prompt token without a log-probability.
 
     Args:
       positions: of the prompt tokens, if echoed, then of the sampled ones; None where nothing came before.
       prompt: the echoed prompt's token ids, or nothing.
-      offset: characters of text before the first position.
+      pieces: of the same text, as far as it went before.
     """
-    ids = [prompt[place] if position is None else position.token_id for place, position in enumerate(positions)]
-    tokens = [names.text(token) for token in ids]
     offsets: list[int] = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    tokens: list[str] = []
+    tops: list[dict[str, float] | None] = []
+    for place, position in enumerate(positions):
+        tops.append(None if position is None else _top(position, num_top, pieces))
+        offsets.append(pieces.num_chars)
+        tokens.append(pieces.take(prompt[place] if position is None else position.token_id))
     return {
         "text_offset": offsets,
         "token_logprobs": [None if position is None else _finite(position.logprob) for position in positions],
         "tokens": tokens,
-        "top_logprobs": [None if position is None else _top(position, num_top, names) for position in positions],
+        "top_logprobs": tops,
     }
 
 
@@ -105,11 +135,11 @@ def prompt_logprobs(positions: Sequence[TokenLogprobs | None], num_top: int, nam
     return found
 
 
-def _top(position: TokenLogprobs, num_top: int, names: TokenNames) -> dict[str, float]:
+def _top(position: TokenLogprobs, num_top: int, pieces: Pieces) -> dict[str, float]:
     values: dict[str, float] = {}
     for token, logprob in (*position.top[:num_top], (position.token_id, position.logprob)):
         # Two tokens may look alike; the likelier one came first.
-        values.setdefault(names.text(token), _finite(logprob))
+        values.setdefault(pieces.text(token), _finite(logprob))
     return values
 
 

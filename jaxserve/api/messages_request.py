@@ -39,7 +39,7 @@ EFFORTS = tuple(effort for effort in REASONING_EFFORTS if effort not in ("none",
 _SHARED = COMMON_NAMES - {
     "n", "echo", "logprobs", "prompt_logprobs", "response_format", "return_token_ids", "return_tokens_as_token_ids", "request_id",
     "add_special_tokens", "stop", "stream_options", "truncate_prompt_tokens", "truncation_side", "thinking_token_budget",
-    "use_beam_search", "length_penalty", "logprob_token_ids",
+    "use_beam_search", "length_penalty", "logprob_token_ids", "stream_interval",
 }  # fmt: skip
 _CONVERSATION = frozenset(
     {"model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control", "chat_template_kwargs"}

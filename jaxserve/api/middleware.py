@@ -1,4 +1,4 @@
-"""What every request passes on its way in, as plain ASGI layers: a request id, then the key check."""
+"""What every request passes on its way in, as plain ASGI layers: a request id, a proxy's prefix, then the key check."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class RootPath:
+    """Takes the prefix that a proxy has left on paths off them; paths without it are served as well."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path", "").startswith(self._prefix + "/"):
+            scope["path"] = scope["path"][len(self._prefix) :]
+        await self._app(scope, receive, send)
 
 
 class KeyCheck:

@@ -35,12 +35,14 @@ _RESERVED_KWARGS = frozenset(
 COMMON_NAMES = SAMPLING_NAMES | {
     "model", "stream", "stream_options", "max_tokens", "logprobs", "prompt_logprobs", "echo", "add_special_tokens", "priority",
     "cache_salt", "request_id", "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side",
-    "use_beam_search", "length_penalty",
+    "use_beam_search", "length_penalty", "stream_interval",
 }  # fmt: skip
 CHAT_NAMES = COMMON_NAMES | frozenset(
     {
-        "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "add_generation_prompt", "continue_final_message",
+        "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions", "function_call",
+        "add_generation_prompt", "continue_final_message",
         "chat_template_kwargs", "documents", "reasoning_effort", "parallel_tool_calls", "include_reasoning",
+        "return_prompt_text",
     }
 )  # fmt: skip
 _COMPLETION = COMMON_NAMES | {"prompt"}
@@ -56,6 +58,7 @@ class Options:
       limit_name: what the client calls max_tokens.
       default_max_tokens: max_tokens is a default, to be cut to the room there is.
       unset: names of sampling parameters that the client left open, so that the model's own defaults apply.
+      stream_interval: least tokens of a streamed event, the first and the last one aside.
       length_penalty: of a beam search with n beams; None samples.
       truncate_prompt_tokens: keep at most so many prompt tokens; -1 as many as fit; None keeps all.
       request_id: the client's own, or a fresh one.
@@ -72,6 +75,7 @@ class Options:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    stream_interval: int
     echo: bool
     add_special_tokens: bool
     truncate_prompt_tokens: int | None
@@ -106,11 +110,13 @@ class ChatRequest:
 
     Args:
       include_reasoning: show what the model thought before it answered.
+      return_prompt_text: show the conversation as the chat template printed it.
     """
 
     options: Options
     rendering: Rendering
     include_reasoning: bool
+    return_prompt_text: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +152,12 @@ def read_chat(fields: Fields) -> ChatRequest:
     prompt_logprobs = fields.integer("prompt_logprobs", None, low=0, high=MAX_LOGPROBS)
     params = read_sampling(fields, max_tokens=limit, logprobs=top if wanted else None, prompt_logprobs=prompt_logprobs)
     options = read_options(fields, params=params, default_max_tokens=False, echo=echo, add_special_tokens=False)
-    return ChatRequest(options=options, rendering=rendering, include_reasoning=fields.flag("include_reasoning", True))
+    return ChatRequest(
+        options=options,
+        rendering=rendering,
+        include_reasoning=fields.flag("include_reasoning", True),
+        return_prompt_text=fields.flag("return_prompt_text", False),
+    )
 
 
 def decode_completion(body: bytes, *, vocab_size: int, max_len: int) -> CompletionRequest:
@@ -225,6 +236,7 @@ def read_options(fields: Fields, *, params: SamplingParams, default_max_tokens: 
         stream=stream,
         include_usage=include_usage,
         continuous_usage=continuous_usage,
+        stream_interval=fields.integer("stream_interval", 1, low=1, high=2**31 - 1),
         echo=echo,
         add_special_tokens=fields.flag("add_special_tokens", add_special_tokens),
         truncate_prompt_tokens=read_truncation(fields),

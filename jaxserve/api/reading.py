@@ -94,6 +94,9 @@ def plan_reading(server: ServerConfig, served: ServedModel, request: ChatRequest
     elif tools is not None:
         strict, parallel = rendering.choice.strict, rendering.choice.parallel
         form = strict_form(rendering.tools or (), strict, tools, reasoning, inside=inside, parallel=parallel)
+        if form is not None:
+            # The form binds proper calls only.
+            tools = dataclasses.replace(tools, loose=())
     if reasoning is None and tools is None:
         return None
     markers = (reasoning.markers if reasoning is not None else ()) + (tools.markers if tools is not None else ())
@@ -138,12 +141,17 @@ class AnswerReader:
     def finish_reason(self, reason: FinishReason | None) -> str | None:
         """The reason to show: the model that called tools of its own choice stopped for them."""
         by_itself = self._reading is not None and self._reading.choice.kind != "named"
-        return "tool_calls" if reason == "stop" and self._ids and by_itself else reason
+        if reason != "stop" or not self._ids or not by_itself:
+            return reason
+        return "function_call" if self._reading is not None and self._reading.choice.legacy else "tool_calls"
 
     def _shown(self, part: Part) -> Part | None:
         assert self._reading is not None, "without it nothing is split"
         match part:
             case Reasoning() if not self._reading.include_reasoning:
+                return None
+            case Content() if self._reading.choice.kind in ("required", "named"):
+                # Their form leaves room for nothing but calls: white space, or one that was cut off before its name.
                 return None
             case CallStart(index) | CallArguments(index) if index > 0 and not self._reading.choice.parallel:
                 return None

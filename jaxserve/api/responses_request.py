@@ -50,7 +50,7 @@ SUMMARIES = ("auto", "concise", "detailed")
 
 _SHARED = COMMON_NAMES - {
     "n", "echo", "logprobs", "prompt_logprobs", "max_tokens", "response_format", "return_token_ids", "return_tokens_as_token_ids",
-    "request_id", "add_special_tokens", "use_beam_search", "length_penalty",
+    "request_id", "add_special_tokens", "use_beam_search", "length_penalty", "stream_interval",
 }  # fmt: skip
 _OWN = frozenset(
     {
@@ -148,8 +148,7 @@ def _answer(fields: Fields, rendering: Rendering, *, logprobs: bool) -> tuple[Ch
     limit = fields.integer("max_output_tokens", None, low=1, high=2**31 - 1)
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_LOGPROBS)
     text = fields.object("text") or Fields({}, "text")
-    if text.text("verbosity", "medium") != "medium":
-        raise text.error("verbosity", "is not supported; leave it out")
+    text.text("verbosity", None, choices=("low", "medium", "high"))  # a hint that only models of OpenAI's take; vLLM passes over it too
     form = read_flat_format(text.object("format"), "text.format", has_name=True)
     params = read_sampling(fields, max_tokens=limit, logprobs=top if logprobs or top else None, prompt_logprobs=None)
     if form is not None and params.structured_outputs is not None:

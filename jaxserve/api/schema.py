@@ -23,6 +23,7 @@ _STRING: Schema = {"type": "string"}
 _TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 BY_HAND: Mapping[str, Schema] = {
     "content": {"anyOf": [_STRING, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
+    "function_call": {"anyOf": [{"enum": ["none", "auto"]}, {"type": "object"}, {"type": "null"}]},
     "input": {"anyOf": [_STRING, {"type": "array", "items": {"type": "object"}}]},
     "prompt": {"anyOf": [_STRING, {"type": "array", "items": _STRING}, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}]},
     "stop": {"anyOf": [_STRING, {"type": "array", "items": _STRING}, {"type": "null"}]},

@@ -1,7 +1,7 @@
 """Server-sent events: the frames, the headers, and the loop that carries outputs of running requests to the client.
 
 1. Nothing is sent before the first text, so that an error known by then is still an HTTP status.
-2. Text goes out as it comes; tokens without text wait for the next text or the end.
+2. Text goes out as it comes, or so many tokens at a time; tokens without text wait for the next text or the end.
 3. An error later is an event, and the last one.
 4. A reader who takes nothing for `write_timeout_s` loses the stream; until then outputs merge and the engine goes on.
 """
@@ -116,14 +116,16 @@ class EventStream:
         self._timer = self._loop.call_later(self._timeout_s, self._check_reader)
 
 
-async def stream_answer(send: Send, running: Running, chunks: Chunks, *, write_timeout_s: float) -> None:
+async def stream_answer(send: Send, running: Running, chunks: Chunks, *, write_timeout_s: float, interval: int = 1) -> None:
     """Carry everything that the running requests yield to the client.
 
+    Args:
+      interval: least tokens of an event, the first and the last of each request aside.
     Raises: what went wrong, if nothing has been sent yet.
     """
     async with EventStream(send, running, write_timeout_s=write_timeout_s) as events:
         try:
-            await _carry_all(events, running, chunks)
+            await _carry_all(events, running, chunks, interval)
         except Exception as error:
             if not events.started:
                 raise
@@ -134,26 +136,28 @@ async def stream_answer(send: Send, running: Running, chunks: Chunks, *, write_t
             await events.end(await off_loop(chunks.ends_heavily, chunks.last))
 
 
-async def _carry_all(events: EventStream, running: Running, chunks: Chunks) -> None:
+async def _carry_all(events: EventStream, running: Running, chunks: Chunks, interval: int) -> None:
     if len(running.streams) == 1:
-        await _carry(events, running, chunks, 0)
+        await _carry(events, running, chunks, 0, interval)
         return
     try:
         async with asyncio.TaskGroup() as group:
             for index in range(len(running.streams)):
-                group.create_task(_carry(events, running, chunks, index))
+                group.create_task(_carry(events, running, chunks, index, interval))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
 
 
-async def _carry(events: EventStream, running: Running, chunks: Chunks, index: int) -> None:
-    held: list[RequestOutput] = []  # tokens without text yet
+async def _carry(events: EventStream, running: Running, chunks: Chunks, index: int, interval: int) -> None:
+    held: list[RequestOutput] = []
+    num_due = 1  # tokens that an event needs, beside text
     async for output in chunks.outputs(running, running.streams[index]):
         held.append(output)
-        if not output.text and output.finish_reason is None:
+        if output.finish_reason is None and not _is_due(held, num_due):
             continue
         output = merge_outputs(held)
         held.clear()
+        num_due = interval
         if output.logprobs is None and output.prompt_logprobs is None:
             frames = chunks.render(index, output)
         else:
@@ -161,3 +165,7 @@ async def _carry(events: EventStream, running: Running, chunks: Chunks, index: i
         # Text may be held back until it is certain what it is.
         if frames:
             await events.write(frames)
+
+
+def _is_due(held: list[RequestOutput], num_tokens: int) -> bool:
+    return any(output.text for output in held) and (num_tokens == 1 or sum(len(output.token_ids) for output in held) >= num_tokens)

@@ -80,7 +80,7 @@ class TokenizeEndpoint(JsonEndpoint):
             ids, _ = await render_prompt(served, prompt, request.add_special_tokens)
         shown = None
         if request.return_token_strs:
-            shown = await off_loop(len(ids) > INLINE_CHARS, lambda: [served.tokenizer.token_text(token) for token in ids])
+            shown = await off_loop(len(ids) > INLINE_CHARS, lambda: [served.tokenizer.token_name(token) for token in ids])
         await send_json(send, {"count": len(ids), "max_model_len": served.max_len, "tokens": ids, "token_strs": shown})
 
 

@@ -31,12 +31,14 @@ class Turn:
 
     Args:
       name: of the model, as it shall be shown.
+      prompt_text: as the chat template printed it, before it was cut.
       reading: how to find reasoning and calls in the answers; None if all is content.
       streams: one per answer.
     """
 
     served: ServedModel
     name: str
+    prompt_text: str
     prompt_ids: list[int]
     reading: Reading | None
     streams: list[OutputStream]
@@ -50,16 +52,16 @@ async def begin_turn(engine: AsyncEngine, request: ChatRequest) -> Turn:
     options = request.options
     name = served_name(engine.config, options.model)
     served = ready(engine)
-    ids, prompt_end = await render_prompt(served, request.rendering, options.add_special_tokens)
+    ids, text = await render_prompt(served, request.rendering, options.add_special_tokens)
     prompt_ids = truncate(ids, options, served.max_len)
-    reading = plan_reading(engine.config.server, served, request, prompt_end)
+    reading = plan_reading(engine.config.server, served, request, text[-PROMPT_END_CHARS:])
     params = options.params if reading is None else reading.params(options.params)
     streams = await submit(engine, request.rendering.field, [prompt_ids], options, params)
-    return Turn(served=served, name=name, prompt_ids=prompt_ids, reading=reading, streams=streams)
+    return Turn(served=served, name=name, prompt_text=text, prompt_ids=prompt_ids, reading=reading, streams=streams)
 
 
 async def render_prompt(served: ServedModel, rendering: Rendering, add_special_tokens: bool) -> tuple[list[int], str]:
-    """Token ids of a conversation as the model's chat template prints it, and its last characters.
+    """Token ids of a conversation as the model's chat template prints it, and what it prints.
 
     Raises: UserError for a conversation that the template refuses, or one far too long.
     """
@@ -80,6 +82,6 @@ async def render_prompt(served: ServedModel, rendering: Rendering, add_special_t
             raise UserError(field, error.message, code=error.code, status=error.status) from None
         # A template may print documents and other variables that were not counted above.
         check_chars(rendering.field, len(text), served.max_len)
-        return served.tokenizer.encode(text, add_special_tokens=add_special_tokens), text[-PROMPT_END_CHARS:]
+        return served.tokenizer.encode(text, add_special_tokens=add_special_tokens), text
 
     return await off_loop(chars > INLINE_CHARS or bool(rendering.kwargs), work)

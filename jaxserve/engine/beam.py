@@ -59,7 +59,7 @@ class BeamSearchSequence:
       cum_logprob: of all its tokens together.
     """
 
-    tokens: tuple[int, ...]
+    tokens: list[int]
     text: str
     cum_logprob: float
     logprobs: tuple[TokenLogprobs, ...]
@@ -107,7 +107,7 @@ class Beam:
     def sequence(self, tokenizer: Tokenizer, params: SamplingParams) -> BeamSearchSequence:
         """The whole answer, as LLM.beam_search gives it."""
         return BeamSearchSequence(
-            tokens=self.ids, text=self.output(tokenizer, params).text, cum_logprob=self.logprob, logprobs=self.logprobs,
+            tokens=list(self.ids), text=self.output(tokenizer, params).text, cum_logprob=self.logprob, logprobs=self.logprobs,
             finish_reason="stop" if self.ended else "length",
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How answers are sampled where a request leaves it open: by generation_config.json and --override-generation-config."""
+"""What holds where a request leaves it open: of sampling, by generation_config.json and its overrides; of the chat template's variables."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def sampling_defaults(config: ModelConfig, generation: Mapping[str, Any]) -> dic
     except UserError as error:
         raise ConfigError(f"{_FILE} or --override-generation-config: {error.message}") from None
     return defaults
+
+
+def template_defaults(config: ModelConfig) -> dict[str, Any]:
+    """Variables for the chat template that requests outrank. Raises: ConfigError."""
+    text = config.default_chat_template_kwargs
+    return {} if text is None else _object(text, "--default-chat-template-kwargs")
 
 
 def _object(text: str, source: str) -> dict[str, Any]:

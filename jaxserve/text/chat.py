@@ -33,6 +33,7 @@ class ChatTemplate:
 
     Args:
       source: Jinja; None takes default_chat.jinja.
+      defaults: variables that the kwargs of a rendering outrank.
       max_chars: most characters of a rendered conversation.
       max_seconds: most processor time of one rendering.
     Attributes:
@@ -40,8 +41,12 @@ class ChatTemplate:
     Raises: ConfigError if the source is not valid Jinja.
     """
 
-    def __init__(self, source: str | None, tokenizer: Tokenizer, *, max_chars: int = MAX_CHARS, max_seconds: float = MAX_SECONDS) -> None:
+    def __init__(
+        self, source: str | None, tokenizer: Tokenizer, *, defaults: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS,
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:  # fmt: skip
         self.source = source
+        self._defaults = dict(defaults or {})
         if source is None:
             source = _DEFAULT_TEMPLATE.read_text(encoding="utf-8")
             self._constants: dict[str, Any] = {**tokenizer.special_tokens, "beginning": tokenizer.prefix_text}
@@ -49,8 +54,9 @@ class ChatTemplate:
             self._constants = dict(tokenizer.special_tokens)
         self._program = Program(source, max_chars=max_chars, max_seconds=max_seconds)
         self._styles: dict[str, ContentStyle] = {role: self._probe(role) for role in ("user", "system", "assistant")}
-        # Templates that were written before the role was known pass over it in silence, or refuse it.
-        self._has_developer = self._shows("developer", as_parts=False) or not self._shows("system", as_parts=False)
+        # Templates that do not name the role pass over it, refuse it, or print a word that the model has never seen.
+        named = "'developer'" in source or '"developer"' in source
+        self._has_developer = (named and self._shows("developer", as_parts=False)) or not self._shows("system", as_parts=False)
         self._call_style = next((style for style in _CALL_STYLES if self._shows_call(*style)), _CALL_STYLES[0])
 
     def render(
@@ -80,7 +86,7 @@ class ChatTemplate:
             raise UserError("chat_template_kwargs", f"chat_template_kwargs must not set {taken[0]}")
         plain = [self._prepare(message) for message in messages]
         variables: dict[str, Any] = {"documents": None, **self._constants}
-        variables |= {name: value for name, value in (kwargs or {}).items() if name in self._program.variables}
+        variables |= {name: value for name, value in (self._defaults | dict(kwargs or {})).items() if name in self._program.variables}
         variables |= {"tools": None if tools is None else list(tools), "add_generation_prompt": add_generation_prompt}
         if not continue_final_message:
             return self._run({**variables, "messages": plain})

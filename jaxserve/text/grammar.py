@@ -17,7 +17,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 import numpy as np
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MAX_CHARS = 1 << 17  # of a constraint; schemas that are used are smaller, and the time to compile grows with the square of some
 MAX_CHOICES = 10_000
 MAX_WAITING = 256  # constraints being compiled
+MAX_WAIT_S = 60.0  # for a thread, and for the model's vocabulary to be read before the first constraint
 MAX_MESSAGE_CHARS = 400
 # Small models like white space so much that they would write nothing else.
 _WHITE_SPACE = r"[ \n\r\t]{1,64}"
@@ -128,6 +129,13 @@ class Grammar:
         return llguidance.LLMatcher(self._tokenizer, self._text, log_level=0, limits=limits)
 
 
+class _Build(NamedTuple):
+    """A constraint that is being compiled: when its turn has come, and what became of it."""
+
+    begun: concurrent.futures.Future[None]
+    done: concurrent.futures.Future[Grammar]
+
+
 class Grammars:
     """Compiles constraints for one tokenizer; safe to use from several threads.
 
@@ -136,17 +144,18 @@ class Grammars:
       eos_ids: tokens that end an answer: allowed where the constraint is met, and nowhere else.
       threads: constraints compiled at a time.
       max_cached: compiled constraints kept.
-      timeout_s: longest wait for one.
+      timeout_s: longest time to compile one.
+      wait_s: longest wait until that begins.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: frozenset[int], threads: int = 2, max_cached: int = 64,
-        timeout_s: float = 10.0,
+        timeout_s: float = 10.0, wait_s: float = MAX_WAIT_S,
     ) -> None:  # fmt: skip
         self._model_tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, eos_ids
-        self._max_cached, self._timeout_s = max_cached, timeout_s
+        self._max_cached, self._timeout_s, self._wait_s = max_cached, timeout_s, wait_s
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="grammar")
-        self._cache: collections.OrderedDict[tuple[Any, ...], concurrent.futures.Future[Grammar]] = collections.OrderedDict()
+        self._cache: collections.OrderedDict[tuple[Any, ...], _Build] = collections.OrderedDict()
         self._lock, self._build_lock = threading.Lock(), threading.Lock()
         self._num_waiting = 0
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -156,8 +165,13 @@ class Grammars:
 
         Raises: UserError saying what is wrong with it; QueueFullError.
         """
+        build = self._submit(spec)
         try:
-            return self._submit(spec).result(self._timeout_s)
+            build.begun.result(self._wait_s)
+        except TimeoutError:
+            raise QueueFullError(_RETRY_AFTER_S) from None
+        try:
+            return build.done.result(self._timeout_s)
         except TimeoutError:
             raise self._too_slow(spec) from None
         except GrammarError as error:
@@ -165,42 +179,50 @@ class Grammars:
 
     async def compile_async(self, spec: StructuredOutputs) -> Grammar:
         """`compile` on an event loop."""
-        future = asyncio.wrap_future(self._submit(spec))
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of it
+        build = self._submit(spec)
+        begun, done = asyncio.wrap_future(build.begun), asyncio.wrap_future(build.done)
+        done.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of it
         try:
-            return await asyncio.wait_for(asyncio.shield(future), self._timeout_s)
+            await asyncio.wait_for(asyncio.shield(begun), self._wait_s)
+        except TimeoutError:
+            raise QueueFullError(_RETRY_AFTER_S) from None
+        try:
+            return await asyncio.wait_for(asyncio.shield(done), self._timeout_s)
         except TimeoutError:
             raise self._too_slow(spec) from None
         except GrammarError as error:
             raise _user_error(spec, error) from None
 
-    def _submit(self, spec: StructuredOutputs) -> concurrent.futures.Future[Grammar]:
+    def _submit(self, spec: StructuredOutputs) -> _Build:
         key = _key(spec)
         with self._lock:
-            future = self._cache.get(key)
-            if future is not None and not _is_spoiled(future):
+            build = self._cache.get(key)
+            if build is not None and not _is_spoiled(build.done):
                 self._cache.move_to_end(key)
-                return future
+                return build
             if self._num_waiting >= MAX_WAITING:
                 raise QueueFullError(_RETRY_AFTER_S)
             self._num_waiting += 1
-            future = self._pool.submit(self._build, spec)
-            self._cache[key] = future
+            begun: concurrent.futures.Future[None] = concurrent.futures.Future()
+            build = self._cache[key] = _Build(begun, self._pool.submit(self._build, spec, begun))
             while len(self._cache) > self._max_cached:
                 self._cache.popitem(last=False)
-        future.add_done_callback(self._count_done)
-        return future
+        build.done.add_done_callback(self._count_done)
+        return build
 
     def _count_done(self, _: object) -> None:
         with self._lock:
             self._num_waiting -= 1
 
-    def _build(self, spec: StructuredOutputs) -> Grammar:
-        special = {self._model_tokenizer.token_text(token): token for token in self._model_tokenizer.special_ids}
+    def _build(self, spec: StructuredOutputs, begun: concurrent.futures.Future[None]) -> Grammar:
         try:
-            with self._build_lock:
-                if self._tokenizer is None:
-                    self._tokenizer = _read_tokenizer(self._model_tokenizer, self._vocab_size, self._eos_ids)
+            try:
+                with self._build_lock:
+                    if self._tokenizer is None:
+                        self._tokenizer = _read_tokenizer(self._model_tokenizer, self._vocab_size, self._eos_ids)
+            finally:
+                begun.set_result(None)
+            special = {self._model_tokenizer.token_text(token): token for token in self._model_tokenizer.special_ids}
             return Grammar(self._tokenizer, _grammar_text(spec, special), vocab_size=self._vocab_size)
         except GrammarError:
             raise
@@ -354,6 +376,8 @@ def _is_spoiled(future: concurrent.futures.Future[Grammar]) -> bool:
 def _message(matcher: llguidance.LLMatcher) -> str:
     """llguidance's own words without the state of its parser."""
     text = re.split(r"\n?<(?:state|non-verbose|backtrace)", matcher.get_error(), maxsplit=1)[0].strip()
+    if text == "NoExtensionBias":
+        return "no text can satisfy it"
     return text[:MAX_MESSAGE_CHARS] or "too complex"
 
 

@@ -17,10 +17,11 @@ from jaxserve.text.answer import Markers, Part, Parts
 from jaxserve.text.harmony import HarmonySplitter
 from jaxserve.text.reasoning import ReasoningFormat, ReasoningReader
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.text.tool_bodies import Body, Schemas
+from jaxserve.text.tool_bodies import Body, JsonShape, Schemas
 from jaxserve.text.tools import ToolFormat
 
 _BETWEEN_CALLS = " \t\r\n,;"
+_LOOSE = JsonShape(known=True, more=True)
 
 
 class Splitter(Protocol):
@@ -105,9 +106,10 @@ class CallReader:
         self._first = form.first
         self._parts = parts
         self._schemas = schemas
-        self._ends = Markers(form.ends)
+        self._proper_ends = self._ends = Markers(form.ends)
+        self._loose_ends = {start: Markers((end,)) for start, end in form.loose}
         self._silent = frozenset(form.silent)
-        self._markers = Markers(form.starts + form.silent)
+        self._markers = Markers((*form.starts, *form.silent, *self._loose_ends))
         self._state: Literal["beginning", "content", "section", "behind"] = "beginning"
         self._body: Body | None = None
         self._opened_by = ""
@@ -172,7 +174,9 @@ class CallReader:
     def _open_section(self, marker: str) -> None:
         self._opened_by = marker
         self._calls_before = self._parts.num_calls
-        self._body = self._shape.body(self._parts, marker, self._ends, self._schemas)
+        self._ends = self._loose_ends.get(marker, self._proper_ends)
+        shape = _LOOSE if marker in self._loose_ends else self._shape
+        self._body = shape.body(self._parts, marker, self._ends, self._schemas)
         self._state = "section"
 
     def _read_section(self, text: str) -> str | None:

@@ -150,6 +150,19 @@ class Tokenizer:
         """The text of one token, as logprobs show it; parts of characters become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
+    def token_name(self, token: int) -> str:
+        """What the vocabulary calls a token, such as "\u0120the"; nothing if there is none."""
+        return self.backend.id_to_token(token) or ""
+
+    def to_transformers(self, chat_template: str | None) -> Any:
+        """A tokenizer of transformers that does the same, with its methods and this template."""
+        # Imported here: it takes seconds, and few ask.
+        import transformers
+
+        tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=self.backend, **self.special_tokens)
+        tokenizer.chat_template = chat_template
+        return tokenizer
+
     @property
     def prefix_text(self) -> str:
         """What add_special_tokens puts before a text, written out."""

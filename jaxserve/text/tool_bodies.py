@@ -119,16 +119,18 @@ class JsonShape:
       more: objects may follow one another, between them nothing, a comma or a semicolon.
       header: arguments alone, behind a header that matches this, with groups "name" and perhaps "id".
       name: arguments alone, of this tool.
+      known: of tools that there are, all else is no call.
     """
 
     objects: bool = True
     more: bool = False
     header: re.Pattern[str] | None = None
     name: str | None = None
+    known: bool = False
 
     def body(self, parts: Parts, marker: str, ends: Markers, schemas: Schemas) -> Body:
         """A reader for one section."""
-        return JsonBody(parts, self, ends, schemas, is_marked=bool(marker))
+        return JsonBody(parts, self, ends, schemas, is_marked=bool(marker) and not self.known)
 
 
 class JsonBody(StepBody):
@@ -263,7 +265,7 @@ class JsonBody(StepBody):
     def _take_name(self, name: str) -> None:
         self._name = name
         self._step = self._read_comma
-        if not name or len(name) > MAX_HEADER_CHARS:
+        if not name or len(name) > MAX_HEADER_CHARS or (self._shape.known and name not in self._schemas):
             self.state = "failed"
 
     def _take_arguments(self, arguments: str) -> None:

@@ -40,6 +40,7 @@ class ToolFormat:
       shape: how they are written; None: in channels, see harmony.py.
       starts: markers that open a section of calls wherever they stand.
       first: characters that open one when the answer begins with them.
+      loose: what small models write instead, opening and closing, around calls as JSON: believed only of tools that there are.
       ends: markers that may close a section.
       silent: markers around sections, which nobody needs to see.
       inner: further markers within sections.
@@ -52,6 +53,7 @@ class ToolFormat:
     shape: Shape | None
     starts: tuple[str, ...] = ()
     first: str = ""
+    loose: tuple[tuple[str, str], ...] = ()
     ends: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
@@ -152,6 +154,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ),
     ToolFormat(
         name="hermes", shape=JsonShape(), starts=("<tool_call>",), ends=("</tool_call>",), signs=(("<tool_call>", '"arguments'),),
+        loose=(("```json", "```"), ("<tools>", "</tools>")),
         frame=CallFrame(before="<tool_call>\n" + _ARGUMENTS, after="}\n</tool_call>", between="\n"),
     ),
     ToolFormat(

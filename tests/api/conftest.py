@@ -50,6 +50,9 @@ class ByteTokenizer:
     def token_text(self, token: int) -> str:
         return {BOS: "<bos>", EOS: "<eos>"}.get(token) or bytes([token % 256]).decode(errors="replace")
 
+    def token_name(self, token: int) -> str:
+        return self.token_text(token)
+
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else self.token_text(token).encode()
 

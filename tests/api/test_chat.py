@@ -19,7 +19,7 @@ def test_answer_has_the_shape_of_openai(client: Client) -> None:
     response = client.chat("héllo", model="org/byte-model")
     body = response.json()
     assert response.status_code == 200
-    assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(body) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert body["id"].startswith("chatcmpl-")
     assert (body["object"], body["model"]) == ("chat.completion", "org/byte-model")
     message = {"role": "assistant", "content": PROMPT, "refusal": None}
@@ -38,7 +38,7 @@ def test_stream_begins_with_the_role_and_ends_with_finish_and_usage(client: Clie
     assert response.headers["x-accel-buffering"] == "no"
     first, *middle, finish, usage = events(response.content)
     assert first["choices"] == [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
-    assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}]
+    assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length", "stop_reason": None}]
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 9
     # The é of two tokens comes as one piece, and no delta is empty.
@@ -55,6 +55,7 @@ def test_stream_begins_with_the_role_and_ends_with_finish_and_usage(client: Clie
         {"stop": "r>", "include_stop_str_in_output": True},
         {"stop_token_ids": [ord("r")]}, {"ignore_eos": True, "max_tokens": 60}, {"min_tokens": 40}, {"max_completion_tokens": 3},
         {"return_token_ids": True}, {"echo": True},
+        {"stream_interval": 4, "return_token_ids": True}, {"stream_interval": 1000, "logprobs": True},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("n", [1, 3])
@@ -104,6 +105,23 @@ def test_token_ids_are_returned_when_asked_for(client: Client, events: Events) -
     assert second["choices"][0]["token_ids"] == [ord("<")]
 
 
+def test_prompt_text_is_what_the_template_printed(client: Client, events: Events) -> None:
+    text = "<user>a\n<assistant>"
+    body = client.chat("a", return_prompt_text=True, truncate_prompt_tokens=3, max_tokens=2).json()
+    assert (body["prompt_text"], "prompt_token_ids" in body) == (text, False)
+    assert "prompt_text" not in client.chat("a", max_tokens=2).json()
+    chunks = events(client.chat("a", return_prompt_text=True, max_tokens=2, n=2, stream=True).content)
+    assert [chunk.get("prompt_text") for chunk in chunks] == [text] + [None] * (len(chunks) - 1)
+
+
+@pytest.mark.parametrize("path", ["chat", "complete"])
+def test_events_have_as_many_tokens_as_asked_for_but_the_first_and_the_last(client: Client, events: Events, path: str) -> None:
+    options = {"stream": True, "stream_interval": 4, "max_tokens": 10, "ignore_eos": True, "return_token_ids": True}
+    chunks = events(getattr(client, path)("abcdefghijkl", **options).content)
+    sizes = [len(choice["token_ids"]) for chunk in chunks if "token_ids" in (choice := chunk["choices"][0])]
+    assert sizes == [1, 4, 4, 1]
+
+
 def test_continuous_usage_is_in_every_chunk(client: Client, events: Events) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(client.chat("a", stream=True, stream_options=options, max_tokens=3).content)
@@ -144,6 +162,22 @@ def test_messages_of_every_role_reach_the_template_in_its_terms(client: Client, 
     ]
 
 
+@pytest.mark.parametrize("arguments", ["{", "[1]", "not json", "1", '{"a":' * 100])
+def test_arguments_that_a_model_once_got_wrong_do_not_end_the_conversation(client: Client, engine: ScriptedEngine, arguments: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "no", "tool_call_id": "c1"}]
+    engine.served.max_len = 1000
+    assert client.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1}).status_code == 200
+    assert engine.chat.calls[0]["messages"][0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_thoughts_among_the_parts_of_a_message_are_its_reasoning(client: Client, engine: ScriptedEngine) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "so"}]
+    assert client.post("/v1/chat/completions", {"messages": [{"role": "assistant", "content": parts}], "max_tokens": 1}).status_code == 200
+    expected = {"role": "assistant", "content": [{"type": "text", "text": "so"}], "reasoning_content": "hm"}
+    assert engine.chat.calls[0]["messages"] == [expected]
+
+
 def test_template_options_reach_the_template(client: Client, engine: ScriptedEngine) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     payload = {
@@ -175,7 +209,7 @@ def test_sampling_fields_reach_the_engine(client: Client, engine: ScriptedEngine
     assert response.status_code == 200
     for number, call in enumerate(engine.calls):
         params = call["params"]
-        expected = {**fields, "top_k": 0, "stop": ("x", "y"), "stop_token_ids": (1, 2), "seed": [2**63 - 1, -(2**63)][number]}
+        expected = {**fields, "top_k": 0, "stop": ("x", "y"), "stop_token_ids": (1, 2), "seed": [2**63 - 1, 0][number]}
         assert {name: getattr(params, name) for name in fields} == expected
         assert (params.n, params.max_tokens, params.logit_bias) == (1, 4, {5: -100.0, 7: 2.5})
         assert (call["priority"], call["cache_salt"]) == (-3, "s" * 128)

@@ -61,11 +61,28 @@ def test_answer_with_calls_has_the_shape_of_openai(ask: Callable[..., Any]) -> N
     assert len({call["id"] for call in message["tool_calls"]}) == 2
 
 
+def test_functions_are_tools_whose_one_call_is_shown_as_it_once_was(ask: Callable[..., Any], events: Events) -> None:
+    functions = {"tools": None, "functions": [tool["function"] for tool in TOOLS]}
+    found = choice(ask(TWO, **functions))
+    assert (found["finish_reason"], found["message"]["content"], "tool_calls" in found["message"]) == ("function_call", None, False)
+    called = found["message"]["function_call"]
+    assert (called["name"], json.loads(called["arguments"])) == PARIS
+    deltas = [event["choices"][0]["delta"] for event in events(ask(TWO, stream=True, **functions)[1].content)]
+    pieces = [delta["function_call"] for delta in deltas if "function_call" in delta]
+    assert "".join(piece.get("name", "") for piece in pieces) == PARIS[0]
+    assert json.loads("".join(piece["arguments"] for piece in pieces)) == PARIS[1]
+    assert not any("tool_calls" in delta for delta in deltas)
+    named = choice(ask(write_calls("hermes", [PARIS]), **functions, function_call={"name": PARIS[0]}))
+    assert named["finish_reason"] in ("stop", "length")
+    refused = choice(ask(TWO, **functions, function_call="none"))
+    assert refused["message"]["content"] and "function_call" not in refused["message"]
+
+
 def test_stream_of_calls_has_the_shape_of_openai(ask: Callable[..., Any], events: Events) -> None:
     answer = ask("Hm. " + TWO, stream=True, stream_options={"include_usage": True})
     first, *chunks, finish, usage = events(answer[1].content)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}]
+    assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls", "stop_reason": None}]
     assert usage["choices"] == []
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
@@ -256,6 +273,19 @@ def test_strict_tools_are_constrained_unless_the_client_wants_another_form(ask: 
     for options in ({"parser": "none"}, {"tool_choice": "none"}):
         client, _ = ask("x", tools=strict, **options)
         assert client.engine.served.grammars.compiled == []
+
+
+def test_forced_calls_that_are_cut_off_before_their_name_leave_no_content(ask: Callable[..., Any]) -> None:
+    begun = write_calls("hermes", [PARIS]) + '\n<tool_call>\n{"name'
+    found = choice(ask(begun + "...", tool_choice="required", max_tokens=len(begun)))
+    assert (found["message"]["content"], calls_of(found["message"]), found["finish_reason"]) == (None, [PARIS], "length")
+
+
+def test_fenced_calls_are_found_but_where_strict_tools_bind_their_form(ask: Callable[..., Any]) -> None:
+    fenced = '```json\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n```'
+    assert calls_of(choice(ask(fenced))["message"]) == [PARIS]
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    assert choice(ask(fenced, tools=strict))["message"]["content"] == fenced
 
 
 def test_form_of_the_client_leaves_room_for_reasoning(make_client: MakeClient) -> None:

@@ -16,7 +16,7 @@ BOS = 256
 
 def test_answer_has_the_shape_of_openai(client: Client) -> None:
     body = client.complete("abc").json()
-    assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(body) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert body["id"].startswith("cmpl-")
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "stop", "stop_reason": None}]
@@ -87,6 +87,7 @@ def test_echo_puts_the_prompt_before_the_answer(client: Client) -> None:
         {"echo": True, "logprobs": 1},
         {"echo": True, "logprobs": 1, "max_tokens": 0},
         {"return_token_ids": True},
+        {"stream_interval": 3, "logprobs": 2},
     ],
 )
 def test_stream_adds_up_to_the_whole_answer(client: Client, events: Events, options: dict[str, Any]) -> None:
@@ -130,3 +131,21 @@ def test_chosen_tokens_come_instead_of_the_likeliest(client: Client) -> None:
     assert client.engine.calls[-1]["params"].logprob_token_ids == (98, 100)
     assert client.complete("a", echo=True, logprobs=0, **ids).status_code == 400
     assert client.complete("a", **ids).json()["error"]["param"] == "logprob_token_ids"
+
+
+def test_tokens_and_offsets_add_up_to_the_text_where_characters_have_several_tokens(client: Client) -> None:
+    choice = client.complete("aé🎉b", echo=True, max_tokens=0, logprobs=1, add_special_tokens=False).json()["choices"][0]
+    found = choice["logprobs"]
+    assert found["tokens"] == ["a", "", "é", "", "", "", "🎉", "b"]
+    assert found["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
+    assert [choice["text"][offset:][: len(token)] for token, offset in zip(found["tokens"], found["text_offset"], strict=True)] == found[
+        "tokens"
+    ]
+
+
+def test_invocations_answer_both_kinds_of_bodies(client: Client) -> None:
+    said = client.post("/invocations", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}).json()
+    written = client.post("/invocations", {"prompt": "ab", "max_tokens": 2}).json()
+    assert (said["object"], written["object"]) == ("chat.completion", "text_completion")
+    assert written["choices"][0]["text"] == client.complete("ab", max_tokens=2).json()["choices"][0]["text"]
+    assert client.post("/invocations", {}).status_code == 400

@@ -37,7 +37,7 @@ NAMES = [
     "tokens",
     "input", "instructions", "include", "reasoning", "text", "previous_response_id", "background", "max_output_tokens", "truncation",
     "system", "stop_sequences", "thinking", "output_config",
-    "return_token_strs", "something_unknown", *UNSUPPORTED, *WITHOUT_EFFECT,
+    "stream_interval", "return_prompt_text", "return_token_strs", "something_unknown", *UNSUPPORTED, *WITHOUT_EFFECT,
 ]  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},

@@ -111,3 +111,11 @@ def test_cors_lets_configured_origins_in_and_preflights_need_no_key(make_client:
     refused = client.get("/v1/models", headers={"origin": "http://a.example"})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "http://a.example")
     assert "access-control-allow-origin" not in client.get("/v1/models", headers={"origin": "http://b.example"}).headers
+
+
+def test_prefix_of_a_proxy_is_taken_off_and_opens_nothing(make_client: Callable[..., Client]) -> None:
+    client = make_client(root_path="/llm", api_key=("k",))
+    assert [client.get(path).status_code for path in ("/llm/health", "/health", "/llm/v1/models", "/v1/models")] == [200, 200, 401, 401]
+    key = {"authorization": "Bearer k"}
+    assert client.get("/llm/v1/models", headers=key).json() == client.get("/v1/models", headers=key).json()
+    assert [client.get(path, headers=key).status_code for path in ("/llmx/v1/models", "/llm/llm/v1/models", "/llm")] == [404, 404, 404]

@@ -62,7 +62,7 @@ def test_search_equals_a_plain_one(monkeypatch: pytest.MonkeyPatch, width: int, 
     some_ended = 0
     for prompt, output in zip(prompts, found, strict=True):
         expected = plain_search(prompt, width, 9, length_penalty=length_penalty, ends=ends)
-        assert [sequence.tokens for sequence in output.sequences] == [ids for ids, _ in expected]
+        assert [tuple(sequence.tokens) for sequence in output.sequences] == [ids for ids, _ in expected]
         np.testing.assert_allclose([sequence.cum_logprob for sequence in output.sequences], [total for _, total in expected], atol=1e-3)
         for sequence in output.sequences:
             ended = sequence.tokens[-1] in ends

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from jaxserve import LLM, SamplingParams, StructuredOutputs
@@ -60,20 +61,23 @@ def test_logprobs_equal_transformers() -> None:
     exact = logprobs_of(ids)
     assert result.prompt_logprobs[0] is None
     found = [*result.prompt_logprobs[1:], *result.outputs[0].logprobs]
-    for position, entry in enumerate(found):
-        row = exact[position]
-        assert entry.token_id == ids[position + 1]
-        assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-4)
-        assert entry.rank == 1 + (row > row[entry.token_id]).sum()
-        assert [token for token, _ in entry.top] == np.argsort(-row)[: len(entry.top)].tolist()
-    assert [len(entry.top) for entry in found] == [2] * 2 + [3] * 12
+    for place, (position, most) in enumerate(zip(found, [2] * 2 + [3] * 12, strict=True)):
+        row, (own, *_) = exact[place], position
+        assert own == ids[place + 1]
+        assert set(position) == {own, *np.argsort(-row)[:most].tolist()}
+        for token, entry in position.items():
+            assert entry.logprob == pytest.approx(row[token], abs=1e-4)
+            assert (entry.rank, entry.decoded_token) == (1 + (row > row[token]).sum(), engine().tokenizer.token_text(token))
+    own = [position[token].logprob for position, token in zip(result.outputs[0].logprobs, result.outputs[0].token_ids, strict=True)]
+    assert result.outputs[0].cumulative_logprob == pytest.approx(sum(own))
 
 
 def test_prompt_logprobs_of_a_long_prompt_come_in_chunks() -> None:
     prompt = np.random.default_rng(0).integers(1, VOCAB, 90).tolist()
     found = answer(prompt, prompt_logprobs=0, max_tokens=1).prompt_logprobs
     exact = logprobs_of(prompt)
-    np.testing.assert_allclose([entry.logprob for entry in found[1:]], [exact[i, prompt[i + 1]] for i in range(89)], atol=1e-4)
+    own = [position[token].logprob for position, token in zip(found[1:], prompt[1:], strict=True)]
+    np.testing.assert_allclose(own, [exact[i, prompt[i + 1]] for i in range(89)], atol=1e-4)
 
 
 def test_prefix_cache_is_found_and_reported() -> None:
@@ -99,7 +103,7 @@ def test_stop_token_ends_the_answer_and_is_named() -> None:
 def test_end_of_sequence_stops_without_a_reason_and_min_tokens_forbids_it() -> None:
     likely = {0: 100.0}
     ended = answer("x", ignore_eos=False, logit_bias=likely).outputs[0]
-    assert (ended.token_ids, ended.text, ended.finish_reason, ended.stop_reason) == ((0,), "", "stop", None)
+    assert (ended.token_ids, ended.text, ended.finish_reason, ended.stop_reason) == ([0], "", "stop", None)
     later = answer("x", ignore_eos=False, logit_bias=likely, min_tokens=5).outputs[0]
     assert len(later.token_ids) == 6
     assert 0 not in later.token_ids[:5]
@@ -150,9 +154,9 @@ def test_chosen_logprobs_are_those_of_the_distribution() -> None:
     wanted = [300, 2, 77]
     result = answer([5, 17, 300], logprob_token_ids=wanted)
     exact = logprobs_of([5, 17, 300, *result.outputs[0].token_ids])
-    for place, entry in enumerate(result.outputs[0].logprobs):
-        assert [token for token, _ in entry.top] == wanted
-        np.testing.assert_allclose([value for _, value in entry.top], exact[place + 2, wanted], atol=1e-4)
+    for place, position in enumerate(result.outputs[0].logprobs):
+        np.testing.assert_allclose([position[token].logprob for token in wanted], exact[place + 2, wanted], atol=1e-4)
+        assert [entry.rank for entry in position.values()][1:] == [None] * (len(position) - 1)
 
 
 def test_reasoning_ends_when_its_budget_is_spent() -> None:
@@ -170,7 +174,7 @@ def test_reasoning_ends_when_its_budget_is_spent() -> None:
     assert answer([5, 17], thinking_token_budget=2, max_tokens=9).outputs[0].token_ids == answer([5, 17], max_tokens=9).outputs[0].token_ids
     spread = answer(prompt, thinking_token_budget=3, n=3, temperature=1.0, seed=1, logprobs=0)
     assert all(list(output.token_ids[3 : 3 + len(end)]) == end for output in spread.outputs)
-    assert len({output.token_ids for output in spread.outputs}) == 3
+    assert len({tuple(output.token_ids) for output in spread.outputs}) == 3
     phrase = answer(prompt, thinking_token_budget=2, structured_outputs=StructuredOutputs(regex=".{2,9}</think>[a-c]+"), max_tokens=20)
     assert "</think>" in phrase.outputs[0].text
 
@@ -198,13 +202,39 @@ def test_n_answers_differ_and_repeat_with_the_seed() -> None:
     first = answer("the fox", n=3, temperature=1.0, seed=4)
     texts = [output.token_ids for output in first.outputs]
     assert [output.index for output in first.outputs] == [0, 1, 2]
-    assert len(set(texts)) == 3
+    assert len(set(map(tuple, texts))) == 3
     assert [output.token_ids for output in answer("the fox", n=3, temperature=1.0, seed=4).outputs] == texts
 
 
 def test_chat_goes_through_the_template() -> None:
     result = engine().chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=2), use_tqdm=False)[0]
     assert result.prompt == f"<user>hi{EOS}<assistant>"
+    assert (result.finished, result.outputs[0].finished()) == (True, True)
+
+
+def test_arguments_of_vllm_mean_the_same() -> None:
+    bars: list[int] = []
+
+    def bar(total: int, **_: Any) -> Any:
+        bars.append(total)
+        return tqdm(total=total, disable=True)
+
+    conversations = [[{"role": "user", "content": text}] for text in ("hi", "ho")]
+    results = engine().chat(conversations, SamplingParams(max_tokens=1), bar, chat_template="{{ messages[0].content }}!")
+    assert ([result.prompt for result in results], bars) == (["hi!", "ho!"], [2])
+    params = [SamplingParams(max_tokens=1, stop=None, stop_token_ids=None, bad_words=None).clone(), SamplingParams(max_tokens=2)]
+    results = engine().generate(["a", {"prompt_token_ids": [5]}], sampling_params=params, use_tqdm=False, priority=[1, 0])
+    assert [len(result.outputs[0].token_ids) for result in results] == [1, 2]
+    with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
+        engine().generate(["a", "b"], params[:1])
+
+
+def test_tokenizer_of_transformers_does_the_same() -> None:
+    own, tokenizer = engine().tokenizer, engine().get_tokenizer()
+    assert tokenizer("the fox").input_ids == own.encode("the fox", add_special_tokens=True)
+    assert tokenizer.eos_token_id in own.eos_ids
+    shown = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert shown == f"<user>hi{EOS}<assistant>"
 
 
 def test_answer_may_fill_the_context_and_no_more() -> None:

@@ -151,6 +151,7 @@ def test_developer_speaks_as_system_where_the_template_does_not_know_the_role(bp
     assert ChatTemplate(SILENT, bpe).render(messages) == "system:d;user:u;"
     knows = SILENT.replace("('system', ", "('developer', 'system', ")
     assert ChatTemplate(knows, bpe).render(messages) == "developer:d;user:u;"
+    assert ChatTemplate(SILENT.replace(" if m.role in ('system', 'user')", ""), bpe).render(messages) == "system:d;user:u;"
 
 
 @pytest.mark.parametrize("content", [None, ""])
@@ -234,3 +235,8 @@ def test_default_template_begins_as_the_tokenizer_does(spm: Tokenizer) -> None:
     text = ChatTemplate(None, spm).render(say("Hi"))
     assert text == "<s>User: Hi\n\nAssistant:"
     assert spm.encode(text, add_special_tokens=False).count(1) == 1
+
+
+def test_defaults_of_variables_hold_until_a_request_says_otherwise(bpe: Tokenizer) -> None:
+    template = ChatTemplate("{{ messages[0].content }} {{ enable_thinking }}", bpe, defaults={"enable_thinking": False, "unread": 1})
+    assert (template.render(say("q")), template.render(say("q"), kwargs={"enable_thinking": True})) == ("q False", "q True")

@@ -251,10 +251,33 @@ def test_slow_constraint_is_given_up_and_a_full_queue_says_so(bpe: Tokenizer, mo
     with pytest.raises(UserError, match=r"not compiled within 0\.01 s"):
         grammars.compile(StructuredOutputs(regex="a"))
     with pytest.raises(UserError, match="not compiled within"):
+        asyncio.run(grammars.compile_async(StructuredOutputs(regex="a")))
+    # Of what has to wait for its turn nothing is known.
+    monkeypatch.setattr(grammars, "_wait_s", 0.01)
+    with pytest.raises(QueueFullError):
+        grammars.compile(StructuredOutputs(regex="b"))
+    with pytest.raises(QueueFullError):
         asyncio.run(grammars.compile_async(StructuredOutputs(regex="b")))
     with pytest.raises(QueueFullError):
         grammars.compile(StructuredOutputs(regex="c"))
     release.set()
+
+
+def test_time_to_read_the_vocabulary_is_not_that_of_the_first_constraint(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, reading, release, read = grammars_of(bpe), threading.Event(), threading.Event(), grammar._read_tokenizer
+
+    def read_slowly(*args: Any) -> Any:
+        reading.set()
+        release.wait(30)
+        return read(*args)
+
+    monkeypatch.setattr(grammar, "_read_tokenizer", read_slowly)
+    build = grammars._submit(StructuredOutputs(regex="a"))
+    assert reading.wait(30)
+    assert not build.begun.done()
+    release.set()
+    assert build.done.result(30) is grammars.compile(StructuredOutputs(regex="a"))
+    assert build.begun.done()
 
 
 def test_answers_of_one_grammar_do_not_use_up_each_others_limits(bpe: Tokenizer) -> None:
@@ -285,3 +308,9 @@ def test_tokenizer_whose_tokens_depend_on_their_neighbours_is_refused(wordpiece:
 def test_constraint_that_is_none_or_several_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="structured_outputs"):
         StructuredOutputs(**fields)
+
+
+@pytest.mark.parametrize("spec", [{"grammar": "start: start"}, {"json": {"$ref": "#"}}])
+def test_form_that_nothing_satisfies_is_refused_in_plain_words(bpe: Tokenizer, spec: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no text can satisfy it"):
+        grammars_of(bpe).compile(StructuredOutputs(**spec))

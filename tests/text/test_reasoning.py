@@ -38,6 +38,10 @@ CASES: list[tuple[str, bool | None, str, str, str]] = [
 ]
 
 
+def test_every_format_of_the_table_has_cases() -> None:
+    assert {case[0] for case in CASES} == {form.name for form in REASONING_FORMATS}
+
+
 @pytest.mark.parametrize(("form", "inside", "text", "reasoning", "content"), CASES)
 def test_reasoning_is_told_from_content_wherever_the_text_is_cut(
     form: str, inside: bool | None, text: str, reasoning: str, content: str

@@ -167,7 +167,7 @@ def test_content_is_not_held_back_without_need(tools: str | None) -> None:
     assert splitter.push(", world <b") == [Content(", world <b")]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )

@@ -42,7 +42,7 @@ def test_special_tokens_are_left_out_of_text_or_shown(bpe: Tokenizer) -> None:
 def test_first_space_of_sentencepiece_is_not_shown_and_later_ones_are(spm: Tokenizer) -> None:
     the = spm.backend.get_vocab()["▁the"]
     assert spm.decode([1, the, the]) == "the the"
-    assert spm.token_text(the) == " the"
+    assert (spm.token_text(the), spm.token_name(the)) == (" the", "\u2581the")
     assert spm.token_bytes(spm.backend.get_vocab()["<0xF0>"]) == b"\xf0"
     assert spm.token_text(spm.backend.get_vocab()["<0xF0>"]) == "\ufffd"
 
