@@ -52,7 +52,8 @@ class Attention(nnx.Module):
         """Attend from [T, D] to [T, D], or to [Q, D] for the tokens i32[Q] `wanted`; returns the cache with all keys and values written."""
         spec = self.spec
         T, N, K, H = x.shape[0], self.heads.num_queries, self.heads.num_keys, spec.head_size
-        qkv = self.qkv(x).reshape(T, N + 2 * K, H)
+        # Apart from what follows: where layers are scanned, a product that gives heads in the kernel's order has its weights copied first.
+        qkv = jax.lax.optimization_barrier(self.qkv(x)).reshape(T, N + 2 * K, H)
         if spec.clip is not None and not spec.clip_normed:
             qkv = jnp.clip(qkv, -spec.clip, spec.clip)
         q, k, v = qkv[:, :N], qkv[:, N : N + K], qkv[:, N + K :]

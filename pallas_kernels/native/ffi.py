@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import pathlib
 import re
 import threading
@@ -184,14 +185,19 @@ def once(build: Callable[[], Any]) -> Callable[[], Any]:
 
 def use_cache() -> bool:
     """Whether numba is to keep compiled code: in jax's directory of compiled programs, if it has one, for these very sources."""
-    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    directory = jax.config.jax_compilation_cache_dir
     if directory is None:
         return False
     digest = hashlib.sha256(_header().encode())
     for path in sorted(pathlib.Path(__file__).parents[1].glob("**/*.py")):
         digest.update(path.read_bytes())
-    numba.config.CACHE_DIR = str(pathlib.Path(directory) / f"native-{digest.hexdigest()[:16]}")
-    return True
+    chosen = pathlib.Path(directory) / f"native-{digest.hexdigest()[:16]}"
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    numba.config.CACHE_DIR = str(chosen)
+    return os.access(chosen, os.W_OK)
 
 
 def publish(symbol: str, function: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 INT64 = types.int64
@@ -68,6 +69,26 @@ def address_of(symbol: str) -> Any:
         return INT64(), codegen
 
     return address
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line of an address, which need not exist."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(INT64), codegen
+
+
+def emit_prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
+    """For intrinsics: code that asks for the cache line of an i8 pointer."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(number, value) for value in (0, 2, 1))
+    builder.call(function, [pointer, read, keep, data])
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pallas_kernels.native.memory import INT64
+from pallas_kernels.native.memory import INT64, emit_prefetch
 
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 registers of 16 numbers
 LANES = 16 if _WIDE else 8
@@ -102,7 +102,7 @@ def _dot(builder: ir.IRBuilder, rows: int, columns: int, x: Any, w: Any, y: Any,
     def body(k: Any, sums: list[Any]) -> list[Any]:
         weights = [_load(builder, row, k) for row in w_rows]
         for row in w_rows:
-            _prefetch(builder, _at(builder, row, builder.add(k, ahead), ir.IntType(8)))
+            emit_prefetch(builder, _at(builder, row, builder.add(k, ahead), ir.IntType(8)))
         new: list[Any] = []
         for r, row in enumerate(x_rows):
             values = _load(builder, row, k)
@@ -113,12 +113,6 @@ def _dot(builder: ir.IRBuilder, rows: int, columns: int, x: Any, w: Any, y: Any,
     places = [(builder.add(builder.mul(stride, _word(r)), _word(c))) for r in range(rows) for c in range(columns)]
     for first in range(0, len(sums), LANES):
         _store_sums(builder, sums[first : first + LANES], y, places[first : first + LANES])
-
-
-def _prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT, _INT, _INT])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, ir.Constant(_INT, 0), ir.Constant(_INT, 2), ir.Constant(_INT, 1)])
 
 
 def _store_sums(builder: ir.IRBuilder, vectors: list[Any], y: Any, places: list[Any]) -> None:

@@ -43,6 +43,9 @@ CASES = (
     Case(name="page of one token", rows=((4, 11), (1, 6)), page_size=1),
 )
 
+# A shape that all but the long prompt fit into, for pad_inputs.
+COMMON = {"T": 96, "S": 5, "P": 39, "num_pages": 64}
+
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 7},
@@ -91,3 +94,18 @@ def make_inputs(case: Case, features: dict[str, Any], *, seed: int = 0, dtype: s
         "page_table": page_table, "query_start": np.cumsum([0, *(count for count, _ in case.rows)]).astype(np.int32),
         "kv_len": np.array([length for _, length in case.rows], np.int32), "sm_scale": 0.3, **extra,
     }  # fmt: skip
+
+
+def pad_inputs(inputs: dict[str, Any], *, T: int = 0, S: int = 0, P: int = 0, num_pages: int = 0) -> dict[str, Any]:
+    """Inputs of make_inputs with padding tokens, empty rows, more columns of the page table and free pages, up to these numbers.
+
+    So that batches share a shape, and with it what is compiled; what is added is NaN where that must not matter.
+    """
+    tokens, (rows, columns), pages = inputs["q"].shape[0], inputs["page_table"].shape, inputs["pages"].shape[1]
+    T, S, P, num_pages = max(T - tokens, 0), max(S - rows, 0), max(P - columns, 0), max(num_pages - pages, 0)
+    more = {name: np.pad(inputs[name], ((0, T), (0, 0), (0, 0)), constant_values=np.nan) for name in ("q", "k", "v")}
+    more["page_table"] = np.pad(inputs["page_table"], ((0, S), (0, P)))
+    more["query_start"] = np.pad(inputs["query_start"], (0, S), mode="edge")
+    more["kv_len"] = np.pad(inputs["kv_len"], (0, S))
+    more["pages"] = np.pad(inputs["pages"], ((0, 0), (0, num_pages), (0, 0), (0, 0), (0, 0)), constant_values=np.nan)
+    return inputs | more

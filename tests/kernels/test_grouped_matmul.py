@@ -97,7 +97,7 @@ def test_product_compiles_to_one_pass_over_the_weights(target: str, call: Compil
     Shape = jax.ShapeDtypeStruct
     arguments = (Shape((call.T, call.D), call.dtype), Shape((call.E, call.D, call.F), call.dtype), Shape((call.E,), jnp.int32))
     executable = aot.compile_for(aot.tpu_mesh(target), tpu.grouped_matmul, arguments)
-    assert "ragged_dot_tiling" in str(executable.as_text())  # XLA's kernel, not a product of every row with every matrix
+    assert "ragged_dot_tiling" in aot.text_of(executable)  # XLA's kernel, not a product of every row with every matrix
     item = jnp.dtype(call.dtype).itemsize
     activations = call.T * (call.D + call.F)
     assert aot.memory_of(executable).temp_size_in_bytes <= 2 * activations * 4 + (1 << 20)

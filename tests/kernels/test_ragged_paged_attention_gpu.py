@@ -1,4 +1,4 @@
-"""The GPU kernels of ragged paged attention, interpreted, against the reference; and their plan. test_aot_gpu.py compiles them."""
+"""The GPU kernels of ragged paged attention, interpreted, against the reference; and their plan."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import gpu, gpu_plan, reference
-from pallas_kernels.ragged_paged_attention.cases import CASES, FEATURES, Case, make_inputs
+from pallas_kernels.ragged_paged_attention.cases import CASES, COMMON, FEATURES, Case, make_inputs, pad_inputs
 
 ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks", "window")
 TOKENS = ("q", "k", "v")
 # Small enough that every case has several tiles and splits.
 SMALL = {"context": 16, "split": 32, "rows": 16}
 DRAFTS = Case(name="rows of one to four tokens over several splits", rows=((4, 300), (1, 270), (2, 9), (3, 40)))
-# What is interpreted runs fast and compiles slowly, so cases are padded to shapes that many of them share.
-SHARED = {"T": 96, "S": 5, "P": 38, "num_pages": 64}
 HEADS = Case(name="two tiles of heads", rows=((1, 40), (3, 9), (1, 90)), num_heads=71, num_kv_heads=1)
 
 
@@ -85,22 +83,10 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Interpreter:
     return Interpreter(monkeypatch)
 
 
-def padded(inputs: dict[str, Any], *, T: int = 0, S: int = 0, P: int = 0, num_pages: int = 0) -> dict[str, Any]:
-    """The inputs with padding tokens, empty rows, more columns of the page table and free pages, up to these numbers."""
-    tokens, (rows, columns), pages = inputs["q"].shape[0], inputs["page_table"].shape, inputs["pages"].shape[1]
-    T, S, P, num_pages = max(T - tokens, 0), max(S - rows, 0), max(P - columns, 0), max(num_pages - pages, 0)
-    more = {name: np.pad(inputs[name], ((0, T), (0, 0), (0, 0)), constant_values=np.nan) for name in TOKENS}
-    more["page_table"] = np.pad(inputs["page_table"], ((0, S), (0, P)))
-    more["query_start"] = np.pad(inputs["query_start"], (0, S), mode="edge")
-    more["kv_len"] = np.pad(inputs["kv_len"], (0, S))
-    more["pages"] = np.pad(inputs["pages"], ((0, 0), (0, num_pages), (0, 0), (0, 0), (0, 0)), constant_values=np.nan)
-    return inputs | more
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_kernels_equal_reference(case: Case, feature: str, interpret: Interpreter) -> None:
-    inputs = padded(make_inputs(case, FEATURES[feature]), **SHARED)
+    inputs = pad_inputs(make_inputs(case, FEATURES[feature]), **COMMON)  # runs fast and compiles slowly
     expected, expected_pages = expect(inputs)
     out, pages = interpret(inputs)
     assert_close(out, expected)
@@ -116,9 +102,9 @@ def test_many_small_tiles_and_splits_equal_reference(case: Case, feature: str, i
     assert_close(interpret(inputs)[0], expected)
 
 
-@pytest.mark.parametrize("head_size", [12, 80, 96, 112, 192, 256])
-def test_every_head_size_is_covered(head_size: int, interpret: Interpreter) -> None:
-    inputs = make_inputs(Case(name="head size", rows=((5, 9), (1, 20)), head_size=head_size), {})
+@pytest.mark.parametrize(("head_size", "page_size"), [(12, 2), (64, 8), (80, 32), (96, 64), (112, 128), (192, 16), (256, 256)])
+def test_every_head_size_and_page_size_is_covered(head_size: int, page_size: int, interpret: Interpreter) -> None:
+    inputs = make_inputs(Case(name="sizes", rows=((5, 9), (1, 140)), head_size=head_size, page_size=page_size), {})
     expected, expected_pages = expect(inputs)
     out, pages = interpret(inputs)
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=2e-5)  # scores grow with the head size, and so does what exp makes of them
@@ -129,7 +115,7 @@ def test_every_head_size_is_covered(head_size: int, interpret: Interpreter) -> N
 def test_one_token_rows_changes_no_bit(feature: str, interpret: Interpreter) -> None:
     interpret.use(**SMALL)
     inputs = make_inputs(CASES[2], FEATURES[feature])
-    inputs = padded(inputs, T=len(inputs["kv_len"]))
+    inputs = pad_inputs(inputs, T=len(inputs["kv_len"]))
     expected, expected_pages = interpret(inputs)
     out, pages = interpret(inputs, one_token_rows=True)
     np.testing.assert_array_equal(out, expected)
@@ -141,14 +127,14 @@ def test_a_row_is_the_same_in_any_company(interpret: Interpreter) -> None:
     """Bit for bit, for a decode, drafts and a prompt, whatever the other rows and the numbers of rows, tokens and pages are."""
     interpret.use(**SMALL)
     rows = ((1, 300), (1, 5), (3, 40), (1, 70), (20, 90))
-    inputs = padded(make_inputs(Case(name="company", rows=rows), FEATURES["all"]), T=32, S=6)
+    inputs = pad_inputs(make_inputs(Case(name="company", rows=rows), FEATURES["all"]), T=32, S=6)
     together, _ = interpret(inputs)
     for s, (count, length) in enumerate(rows):
         first = inputs["query_start"][s]
         alone = {name: inputs[name][first : first + count] for name in TOKENS}
         alone |= {"page_table": inputs["page_table"][s : s + 1], "kv_len": np.array([length], np.int32)}
         alone |= {"query_start": np.array([0, count], np.int32)}
-        out, _ = interpret(padded(inputs | alone, T=24, S=2, P=inputs["page_table"].shape[1] + 3))
+        out, _ = interpret(pad_inputs(inputs | alone, T=24, S=2, P=inputs["page_table"].shape[1] + 3))
         np.testing.assert_array_equal(out[:count], together[first : first + count])
 
 
@@ -226,7 +212,7 @@ def test_other_layers_and_free_pages_stay_untouched(interpret: Interpreter) -> N
 def test_kernels_equal_reference_on_random_batches(data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=4, max_size=4))
     case = Case(name="random", rows=tuple((count, count + (before if count else 0)) for count, before in rows))
-    inputs = padded(make_inputs(case, FEATURES["all"], seed=data.draw(st.integers(0, 99))), T=40, P=6, num_pages=24)
+    inputs = pad_inputs(make_inputs(case, FEATURES["all"], seed=data.draw(st.integers(0, 99))), T=40, P=6, num_pages=24)
     with pytest.MonkeyPatch.context() as monkeypatch:
         interpret = Interpreter(monkeypatch)
         interpret.use(**SMALL)
