@@ -71,17 +71,6 @@ def address_of(symbol: str) -> Any:
     return address
 
 
-@intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Asks for the cache line of an address, which need not exist."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(INT64), codegen
-
-
 def emit_prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
     """For intrinsics: code that asks for the cache line of an i8 pointer."""
     number = ir.IntType(32)

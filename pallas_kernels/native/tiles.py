@@ -17,7 +17,7 @@ from pallas_kernels.native.memory import INT64, emit_prefetch
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 registers of 16 numbers
 LANES = 16 if _WIDE else 8
 DOT_ROWS, DOT_COLUMNS = (8, 3) if _WIDE else (4, 2)
-OUTER_ROWS, OUTER_VECTORS = (6, 4) if _WIDE else (4, 2)
+OUTER_SHAPES = ((6, 4), (3, 8)) if _WIDE else ((4, 2), (2, 4))  # (rows, vectors): the most of each
 
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -138,7 +138,7 @@ def _store_sums(builder: ir.IRBuilder, vectors: list[Any], y: Any, places: list[
 def outer_tile(
     typing_context: Any, rows: Any, vectors: Any, a: Any, a_stride: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, depth: Any
 ) -> Any:
-    """c[r, n] += sum over k < depth (at least 1) of a[r, k] * b[k, n], for up to OUTER_ROWS rows and OUTER_VECTORS x LANES columns n.
+    """c[r, n] += sum over k < depth (at least 1) of a[r, k] * b[k, n], for rows and vectors of columns that one of OUTER_SHAPES allows.
 
     Args:
       a, b, c: addresses; rows of each are its stride, in numbers, apart.
@@ -148,9 +148,10 @@ def outer_tile(
         rows, vectors, *rest = args
 
         def of_rows(count: int) -> None:
-            _switch(builder, vectors, {n: lambda n=n: _outer(builder, count, n, *rest) for n in range(1, OUTER_VECTORS + 1)})
+            most = max(v for r, v in OUTER_SHAPES if count <= r)
+            _switch(builder, vectors, {n: lambda n=n: _outer(builder, count, n, *rest) for n in range(1, most + 1)})
 
-        _switch(builder, rows, {count: lambda count=count: of_rows(count) for count in range(1, OUTER_ROWS + 1)})
+        _switch(builder, rows, {count: lambda count=count: of_rows(count) for count in range(1, OUTER_SHAPES[0][0] + 1)})
         return context.get_dummy_value()
 
     return types.void(*[INT64] * 9), codegen

@@ -1,7 +1,7 @@
 """Ragged paged attention on a CPU: reads the pages where they lie, each once for a block of queries and all heads of a group.
 
-The calling thread writes the new keys and values. Then an item is a block of up to QUERIES queries of one row, for one KV head: page after
-page its scores, a step of an online softmax, and the weighted values. A query's result depends on its row alone, bit for bit.
+An item is a block of up to QUERIES queries of one row, for one KV head: it writes their keys and values, unless the row has more blocks, for
+which the calling thread has written them before, and then goes from page to page: scores, a step of an online softmax, weighted values. A query's result depends on its row alone, bit for bit.
 The cache is that of xla.py.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from numba import cfunc, njit
 
 from pallas_kernels.native import ffi
-from pallas_kernels.native.memory import address_of, floats, free, ints, malloc, prefetch, times_power_of_two
-from pallas_kernels.native.tiles import LANES, OUTER_ROWS, OUTER_VECTORS, outer_tile
+from pallas_kernels.native.memory import address_of, floats, free, ints, malloc, times_power_of_two
+from pallas_kernels.native.tiles import LANES, OUTER_SHAPES, outer_tile
 from pallas_kernels.ragged_paged_attention.reference import MASKED
 from pallas_kernels.ragged_paged_attention.xla import cache_shape as cache_shape
 
@@ -90,39 +90,41 @@ def _page(operands: int, results: int, row: int, column: int, head: int) -> tupl
 
 
 @njit
-def _fetch(operands: int, results: int, row: int, column: int, head: int) -> None:
-    """Asks for a page's keys and values all at once: read as they are needed, they would come at a third of memory's rate."""
-    keys, _ = _page(operands, results, row, column, head)
-    for line in range(0, 8 * ffi.size(operands, _PAGES, 3), 64):
-        prefetch(keys + line)
+def _begin_step(operands: int, results: int) -> None:
+    """Zeros into the output of padding tokens; the keys and values of rows that several items attend to."""
+    start = ints(ffi.data(operands, _START))
+    S = ffi.size(operands, _LENGTHS, 0)
+    for row in range(S):
+        if start[row + 1] - start[row] > QUERIES:
+            for head in range(ffi.size(operands, _K, 1)):
+                _write(operands, results, row, head)
+    out, per_token = floats(ffi.data(results, 0)), ffi.size(operands, _Q, 1) * ffi.size(operands, _V, 2)
+    for i in range(start[S] * per_token, ffi.size(operands, _Q, 0) * per_token):
+        out[i] = np.float32(0)
 
 
 @njit
-def _write(operands: int, results: int) -> None:
-    """The step's keys and values into their pages, piece by piece of a page; zeros into the output of padding tokens."""
+def _write(operands: int, results: int, row: int, head: int) -> None:
+    """A head's new keys and values of a row into their pages, piece by piece of a page."""
     K, H, Hv = ffi.size(operands, _K, 1), ffi.size(operands, _K, 2), ffi.size(operands, _V, 2)
-    S, page_size = ffi.size(operands, _LENGTHS, 0), ffi.size(operands, _PAGES, 3) // H
+    page_size = ffi.size(operands, _PAGES, 3) // H
     start, lengths = ints(ffi.data(operands, _START)), ints(ffi.data(operands, _LENGTHS))
     k, v = floats(ffi.data(operands, _K)), floats(ffi.data(operands, _V))
-    for row in range(S):
-        token, position = np.int64(start[row]), np.int64(lengths[row] - (start[row + 1] - start[row]))
-        while token < start[row + 1]:
-            offset = position % page_size
-            count = min(page_size - offset, start[row + 1] - token)
-            for head in range(K):
-                key_address, value_address = _page(operands, results, row, position // page_size, head)
-                keys, values = floats(key_address + 4 * offset), floats(value_address + 4 * offset * H)
-                for i in range(H):
-                    for t in range(count):
-                        keys[i * page_size + t] = k[((token + t) * K + head) * H + i]
-                for t in range(count):
-                    for i in range(H):
-                        values[t * H + i] = v[((token + t) * K + head) * Hv + i] if i < Hv else np.float32(0)
-            token += count
-            position += count
-    out, per_token = floats(ffi.data(results, 0)), ffi.size(operands, _Q, 1) * Hv
-    for i in range(start[S] * per_token, ffi.size(operands, _Q, 0) * per_token):
-        out[i] = np.float32(0)
+    token, end = np.int64(start[row]), np.int64(start[row + 1])
+    position = lengths[row] - (end - token)
+    while token < end:
+        offset = position % page_size
+        count = min(page_size - offset, end - token)
+        key_address, value_address = _page(operands, results, row, position // page_size, head)
+        keys, values = floats(key_address + 4 * offset), floats(value_address + 4 * offset * H)
+        for i in range(H):
+            for t in range(count):
+                keys[i * page_size + t] = k[((token + t) * K + head) * H + i]
+        for t in range(count):
+            for i in range(H):
+                values[t * H + i] = v[((token + t) * K + head) * Hv + i] if i < Hv else np.float32(0)
+        token += count
+        position += count
 
 
 @njit
@@ -137,6 +139,8 @@ def _item(operands: int, results: int, index: int) -> None:
     count = min(np.int64(QUERIES), start[row + 1] - token)
     position = length - (start[row + 1] - start[row]) + first
     M = count * G
+    if start[row + 1] - start[row] <= QUERIES:
+        _write(operands, results, row, head)
 
     scratch = malloc(4 * (M * (page_size + 2 * H + 2) + LANES))
     scores = (scratch + 4 * LANES - 1) // (4 * LANES) * (4 * LANES)
@@ -144,17 +148,15 @@ def _item(operands: int, results: int, index: int) -> None:
     state = scores + 4 * M * (page_size + 2 * H)  # of each query its largest score and the sum of its weights
     _begin(operands, token, head * G, G, M, queries, out, state)
     low, high = _visible(operands, position, length)[0], _visible(operands, position + count - 1, length)[1]
-    first_column, last_column = low // page_size, (high - 1) // page_size
-    _fetch(operands, results, row, first_column, head)
-    for column in range(first_column, last_column + 1):
+    for column in range(low // page_size, -(-high // page_size)):
         keys, values = _page(operands, results, row, column, head)
-        if column < last_column:
-            _fetch(operands, results, row, column + 1, head)
         begin = column * page_size
         some, end = max(low - begin, 0), min(high - begin, page_size)
-        for i in range(M * page_size):
-            floats(scores)[i] = np.float32(0)
-        _multiply(M, page_size, queries, H, keys, page_size, scores, page_size, H)
+        wide = -(-end // LANES) * LANES
+        for m in range(M):
+            for i in range(wide):
+                floats(scores)[m * page_size + i] = np.float32(0)
+        _multiply(M, wide, queries, H, keys, page_size, scores, page_size, H)
         for m in range(M):
             first_seen, last_seen = _visible(operands, position + m // G, length)
             _weigh(
@@ -206,12 +208,13 @@ def _begin(operands: int, token: int, head: int, G: int, M: int, queries: int, o
 @njit
 def _multiply(rows: int, columns: int, a: int, a_stride: int, b: int, b_stride: int, c: int, c_stride: int, depth: int) -> None:
     """c[rows, columns] += a[rows, depth] b[depth, columns]."""
+    tallest, widest = OUTER_SHAPES[1] if rows <= OUTER_SHAPES[1][0] else OUTER_SHAPES[0]
     row = 0
     while row < rows:
-        height = min(OUTER_ROWS, rows - row)
+        height = min(tallest, rows - row)
         column = 0
         while column < columns:
-            width = min(OUTER_VECTORS, (columns - column) // LANES)
+            width = min(widest, (columns - column) // LANES)
             to = c + 4 * (row * c_stride + column)
             outer_tile(height, width, a + 4 * row * a_stride, a_stride, b + 4 * column, b_stride, to, c_stride, depth)
             column += width * LANES
@@ -263,7 +266,7 @@ def _weigh(
 def _largest(scores: int, first: int, last: int, top: float) -> float:
     s = floats(scores)
     for t in range(first, last):
-        top = max(top, s[t])
+        top = s[t] if s[t] > top else top
     return top
 
 
@@ -314,7 +317,7 @@ def _compile() -> Any:
     def handler(frame: int) -> int:
         if ffi.executes(frame):
             operands = ffi.operands(frame)
-            _write(operands, ffi.results(frame))
+            _begin_step(operands, ffi.results(frame))
             blocks = ints(ffi.data(operands, _BLOCKS))[ffi.size(operands, _BLOCKS, 0) - 1]
             state = ffi.share(frame, blocks * ffi.size(operands, _K, 1), _task_address())
             ffi.work(state, _item)
