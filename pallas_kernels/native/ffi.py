@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numba
 from llvmlite import binding
 from numba import njit, types
+from numba.core import config
 
 from pallas_kernels.native.memory import INT64, call, fetch_add, free, ints, malloc, sched_yield, words
 
@@ -185,7 +185,7 @@ def once(build: Callable[[], Any]) -> Callable[[], Any]:
 
 def use_cache() -> bool:
     """Whether numba is to keep compiled code: in jax's directory of compiled programs, if it has one, for these very sources."""
-    directory = jax.config.jax_compilation_cache_dir
+    directory = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if directory is None:
         return False
     digest = hashlib.sha256(_header().encode())
@@ -196,7 +196,7 @@ def use_cache() -> bool:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    numba.config.CACHE_DIR = str(chosen)
+    config.CACHE_DIR = str(chosen)  # pyright: ignore[reportAttributeAccessIssue]
     return os.access(chosen, os.W_OK)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic  # what it makes of a function has other parameters than the function
 
 INT64 = types.int64
 _WORD = ir.IntType(64)

@@ -10,9 +10,8 @@ from typing import Any
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from pallas_kernels.native.memory import INT64, emit_prefetch
+from pallas_kernels.native.memory import INT64, emit_prefetch, intrinsic
 
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 registers of 16 numbers
 LANES = 16 if _WIDE else 8
@@ -126,7 +125,8 @@ def _store_sums(builder: ir.IRBuilder, vectors: list[Any], y: Any, places: list[
         merged, merged_owners = [], []
         for a, b, a_owners, b_owners in zip(vectors[::2], vectors[1::2], owners[::2], owners[1::2], strict=True):
             masks = [ir.Constant(ir.VectorType(_INT, LANES), [lane + more for lane in low]) for more in (0, half)]
-            merged.append(builder.fadd(*[builder.shuffle_vector(a, b, mask) for mask in masks]))
+            low_half, high_half = (builder.shuffle_vector(a, b, mask) for mask in masks)
+            merged.append(builder.fadd(low_half, high_half))
             merged_owners.append([(a_owners + b_owners)[lane] for lane in low])
         vectors, owners, half = merged, merged_owners, half // 2
     for index, place in enumerate(places):

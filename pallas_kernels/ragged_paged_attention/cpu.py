@@ -1,7 +1,8 @@
 """Ragged paged attention on a CPU: reads the pages where they lie, each once for a block of queries and all heads of a group.
 
-An item is a block of up to QUERIES queries of one row, for one KV head: it writes their keys and values, unless the row has more blocks, for
-which the calling thread has written them before, and then goes from page to page: scores, a step of an online softmax, weighted values. A query's result depends on its row alone, bit for bit.
+An item is a block of up to QUERIES queries of one row, for one KV head. It writes their keys and values, unless the row has more blocks:
+then the calling thread has written them before. Then it goes from page to page: scores, a step of an online softmax, weighted values.
+A query's result depends on its row alone, bit for bit.
 The cache is that of xla.py.
 """
 
@@ -135,11 +136,11 @@ def _item(operands: int, results: int, index: int) -> None:
     row = _row_of(operands, block)
     start, ends, lengths = ints(ffi.data(operands, _START)), ints(ffi.data(operands, _BLOCKS)), ints(ffi.data(operands, _LENGTHS))
     first = (block - (ends[row - 1] if row > 0 else 0)) * QUERIES
-    token, length = np.int64(start[row] + first), np.int64(lengths[row])
-    count = min(np.int64(QUERIES), start[row + 1] - token)
-    position = length - (start[row + 1] - start[row]) + first
+    token, length, end_token = int(start[row] + first), int(lengths[row]), int(start[row + 1])
+    count = min(QUERIES, end_token - token)
+    position = length - (end_token - start[row]) + first
     M = count * G
-    if start[row + 1] - start[row] <= QUERIES:
+    if end_token - start[row] <= QUERIES:
         _write(operands, results, row, head)
 
     scratch = malloc(4 * (M * (page_size + 2 * H + 2) + LANES))
@@ -172,7 +173,7 @@ def _item(operands: int, results: int, index: int) -> None:
 def _row_of(operands: int, block: int) -> int:
     """The row that a block of queries belongs to."""
     ends = ints(ffi.data(operands, _BLOCKS))
-    low, high = np.int64(0), ffi.size(operands, _BLOCKS, 0) - 1
+    low, high = 0, ffi.size(operands, _BLOCKS, 0) - 1
     while low < high:
         middle = (low + high) // 2
         if ends[middle] > block:
@@ -186,7 +187,7 @@ def _row_of(operands: int, block: int) -> int:
 def _visible(operands: int, position: int, length: int) -> tuple[int, int]:
     """The keys that a query sees: from the first number up to below the second."""
     settings = ints(ffi.data(operands, _INTS))
-    ahead = 1 if settings[_CAUSAL] else np.int64(settings[_WINDOW])
+    ahead = 1 if settings[_CAUSAL] else int(settings[_WINDOW])
     return max(position - settings[_WINDOW] + 1, 0), min(length, position + ahead)
 
 
@@ -274,7 +275,7 @@ def _largest(scores: int, first: int, last: int, top: float) -> float:
 def _exponentials(scores: int, first: int, last: int, top: float) -> float:
     """Scores become exp(score - top), with an error of about 1e-7; their sum."""
     s = floats(scores)
-    total = np.float32(0)
+    total: Any = np.float32(0)
     for t in range(first, last):
         x = max((s[t] - top) * _LOG2_E, np.float32(-126))
         whole = np.int32(x - np.float32(0.5))  # the nearest: x is not positive

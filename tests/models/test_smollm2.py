@@ -21,7 +21,7 @@ from tests.models.paged import logits_of
 # "The capital of France is Paris.<|im_end|>", computed with transformers 5.23.0 on weights dequantized by the gguf package.
 PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 SUBJECTS = ["the sea", "bread", "a small town", "prime numbers", "winter", "the moon", "an old clock", "rivers", "music", "a lost key"]
-FORMS = ["About {}, in short: a story", "Then {} was what they"]
+FORMS = ["About {}, in short: a story", "Is {} a thing that", "{} and three facts about it", "Then {} was what they"]
 
 
 @functools.cache
@@ -63,14 +63,14 @@ def test_logits_equal_transformers() -> None:
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_twenty_greedy_continuations_equal_transformers() -> None:
-    llm = LLM(max_rows=20, max_len=64, max_step_tokens=128, decode_rows=(20,), prefill_tokens=(128,), cache_bytes=100 << 20)
+def test_forty_greedy_continuations_equal_transformers() -> None:
+    llm = LLM(max_rows=40, max_len=128, max_step_tokens=128, decode_rows=(40,), prefill_tokens=(128,), cache_bytes=300 << 20)
     texts = [form.format(subject) for form in FORMS for subject in SUBJECTS]
     prompts = [llm.tokenizer.encode(text, add_special_tokens=True)[:5] for text in texts]  # of one length: no padding in the reference
-    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     found = llm.generate(prompts, greedy, use_tqdm=False)
     with torch.no_grad():
-        expected = reference().generate(torch.tensor(prompts), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=2)[:, 5:]
+        expected = reference().generate(torch.tensor(prompts), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2)[:, 5:]
     assert [list(result.outputs[0].token_ids) for result in found] == expected.tolist()
     paris = llm.chat(
         [{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False
