@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve.models.batch import Batch
 from jaxserve.request import Request
-from jaxserve.runner.sampling import BAD_WORDS, BIAS, CHOSEN, LOGPROBS, MASK, MIN_TOKENS, PENALTIES, SamplingRows
+from jaxserve.runner.sampling import BAD_WORDS, BIAS, CHOSEN, GRAMMAR, LOGPROBS, MASK, MIN_TOKENS, PENALTIES, SamplingRows
 from jaxserve.runner.shapes import StepShape
 from jaxserve.scheduler.schedule import Row, Schedule
 
@@ -113,7 +113,8 @@ class Packer:
         self._pages_written[slot] = 0
         params = request.params
         wants = PENALTIES * params.has_penalties + BIAS * bool(params.logit_bias) + LOGPROBS * (params.num_logprobs is not None)
-        wants += MASK * (request.constraint is not None or params.allowed_token_ids is not None)
+        constrained = request.constraint is not None
+        wants += MASK * (constrained or params.allowed_token_ids is not None) + GRAMMAR * constrained
         wants += BAD_WORDS * bool(request.bad_words) + CHOSEN * bool(params.logprob_token_ids)
         self._ints[slot] = np.array([request.seed & 0xFFFFFFFF, wants, params.top_k], np.uint32).view(np.int32)
         self._floats[slot] = [getattr(params, name) for name in FLOATS]

@@ -25,7 +25,7 @@ from jaxserve.request import (
     MAX_STOP_TOKEN_IDS,
 )
 
-PENALTIES, BIAS, MIN_TOKENS, LOGPROBS, MASK, BAD_WORDS, CHOSEN = 1, 2, 4, 8, 16, 32, 64
+PENALTIES, BIAS, MIN_TOKENS, LOGPROBS, MASK, BAD_WORDS, CHOSEN, GRAMMAR = 1, 2, 4, 8, 16, 32, 64, 128
 MAX_EOS = 16  # end-of-sequence ids of a model
 MAX_BANNED = MAX_STOP_TOKEN_IDS + MAX_EOS
 INVALID_TOKEN = -1  # sampled from logits that are not finite
@@ -160,17 +160,22 @@ def sample(logits: jax.Array, rows: SamplingRows, state: SlotState) -> tuple[jax
     slot = jnp.maximum(rows.slot, 0)
     live = rows.slot >= 0
     wants = jnp.where(live, rows.wants, 0)
+    allowed = jax.lax.cond(jnp.any(wants & MASK), lambda: _mask(logits, wants, slot, state), lambda: logits)
     adjusted = jax.lax.cond(
-        jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS | MASK | BAD_WORDS)),
-        lambda: _adjust(logits, rows, wants, slot, state), lambda: logits,
-    )  # fmt: skip
+        jnp.any(wants & (PENALTIES | BIAS | MIN_TOKENS | BAD_WORDS)), lambda: _adjust(allowed, rows, wants, slot, state), lambda: allowed
+    )
     greedy, best = _argmax(adjusted)
     random = live & (rows.temperature >= _GREEDY_BELOW)
     tokens = jax.lax.cond(jnp.any(random), lambda: jnp.where(random, _draw(adjusted, rows, random), greedy), lambda: greedy)
     tokens = jnp.where(jnp.isfinite(best), tokens, jnp.where(best == -jnp.inf, NO_TOKEN, INVALID_TOKEN))
-    logprobs = jax.lax.cond(jnp.any(wants & LOGPROBS), lambda: token_logprobs(logits, tokens), lambda: _no_logprobs(tokens.shape[0]))
+
+    def shown() -> jax.Array:
+        """What log-probabilities are of, as in vLLM: the model's logits, without what a grammar forbids."""
+        return jnp.where((wants & GRAMMAR > 0)[:, None], allowed, logits)
+
+    logprobs = jax.lax.cond(jnp.any(wants & LOGPROBS), lambda: token_logprobs(shown(), tokens), lambda: _no_logprobs(tokens.shape[0]))
     chosen = jax.lax.cond(
-        jnp.any(wants & CHOSEN), lambda: _chosen_logprobs(logits, state.row.chosen[slot]),
+        jnp.any(wants & CHOSEN), lambda: _chosen_logprobs(shown(), state.row.chosen[slot]),
         lambda: jnp.zeros((len(tokens), MAX_LOGPROB_TOKEN_IDS)),
     )  # fmt: skip
     return tokens, dataclasses.replace(logprobs, chosen=chosen), _remember(state, rows.slot, wants, jnp.maximum(tokens, 0))
@@ -226,8 +231,16 @@ def _no_logprobs(S: int) -> Logprobs:
     )
 
 
+def _mask(logits: jax.Array, wants: jax.Array, slot: jax.Array, state: SlotState) -> jax.Array:
+    """Only what the masks of the rows allow."""
+    S, V = logits.shape
+    words = jnp.where((wants & MASK)[:, None] > 0, state.mask[slot], -1)
+    allowed = (words[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
+    return jnp.where(allowed.reshape(S, -1)[:, :V] > 0, logits, -jnp.inf)
+
+
 def _adjust(logits: jax.Array, rows: SamplingRows, wants: jax.Array, slot: jax.Array, state: SlotState) -> jax.Array:
-    """Bans, then bias, then penalties, in vLLM's order, then masks; rows that want none keep their logits."""
+    """Bans, then bias, then penalties, in vLLM's order; rows that want none keep their logits."""
     S, V = logits.shape
     index = jnp.arange(S)[:, None]
     logits = logits.at[index, jnp.where((wants & MIN_TOKENS)[:, None] > 0, state.row.banned[slot], V)].set(-jnp.inf, mode="drop")
@@ -250,14 +263,8 @@ def _adjust(logits: jax.Array, rows: SamplingRows, wants: jax.Array, slot: jax.A
         penalized = jnp.where(seen > 0, repeated, adjusted)
         return penalized - rows.frequency_penalty[:, None] * count - rows.presence_penalty[:, None] * (count > 0)
 
-    def mask() -> jax.Array:
-        words = jnp.where((wants & MASK)[:, None] > 0, state.mask[slot], -1)
-        allowed = (words[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
-        return jnp.where(allowed.reshape(S, -1)[:, :V] > 0, adjusted, -jnp.inf)
-
     adjusted = jax.lax.cond(jnp.any(wants & BAD_WORDS), ban_words, lambda: logits)
-    adjusted = jax.lax.cond(jnp.any(wants & PENALTIES), penalize, lambda: adjusted)
-    return jax.lax.cond(jnp.any(wants & MASK), mask, lambda: adjusted)
+    return jax.lax.cond(jnp.any(wants & PENALTIES), penalize, lambda: adjusted)
 
 
 def _argmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,7 @@ from jaxserve.runner.sampling import (
     BAD_WORDS,
     BIAS,
     CHOSEN,
+    GRAMMAR,
     INVALID_TOKEN,
     LOGPROBS,
     MASK,
@@ -268,10 +269,14 @@ def test_mask_outranks_bias_and_reaches_the_last_token() -> None:
     assert int(tokens[0]) == V - 1
 
 
-def test_logprobs_are_those_before_the_mask() -> None:
+def test_logprobs_are_those_before_the_mask_but_after_a_grammar() -> None:
     logits = logits_of(1)
     _, found, _ = run(jnp.asarray(logits), rows_of({"wants": MASK | LOGPROBS}), masked({0: [7]}))
     assert float(found.logprob[0]) == pytest.approx(float(jax.nn.log_softmax(logits[0])[7]), abs=1e-5)
+    _, found, _ = run(jnp.asarray(logits), rows_of({"wants": MASK | GRAMMAR | LOGPROBS}), masked({0: [7, 9]}))
+    left = jax.nn.log_softmax(jnp.asarray(logits)[0, jnp.array([7, 9])])
+    assert float(found.logprob[0]) == pytest.approx(float(left.max()), abs=1e-5)
+    assert float(found.top_logprobs[0, 2]) == -np.inf
 
 
 def test_draws_under_a_mask_follow_the_distribution_that_is_left() -> None:
