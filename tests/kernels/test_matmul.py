@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.matmul import matmul
-from pallas_kernels.matmul.cpu import FEATURES, TOKENS
+from pallas_kernels.matmul.cpu import FEW_FEATURES, MANY_FEATURES, TOKENS
 from pallas_kernels.native.tiles import DOT_COLUMNS, DOT_ROWS, LANES
 
 
@@ -21,7 +21,7 @@ def operands(T: int, D: int, F: int, *, seed: int = 0) -> tuple[jax.Array, jax.A
 
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 @settings(max_examples=12)
-@given(T=st.integers(1, 2 * DOT_ROWS + 1), vectors=st.integers(1, 3), F=st.integers(1, 2 * FEATURES + DOT_COLUMNS))
+@given(T=st.integers(1, 2 * DOT_ROWS + 1), vectors=st.integers(1, 3), F=st.integers(1, 2 * FEW_FEATURES + DOT_COLUMNS))
 def test_equals_the_plain_product(implementation: str, T: int, vectors: int, F: int) -> None:
     x, weight = operands(T, vectors * LANES, F, seed=T * F)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
@@ -30,7 +30,7 @@ def test_equals_the_plain_product(implementation: str, T: int, vectors: int, F: 
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     T, D = TOKENS + DOT_ROWS + 3, 5 * LANES
-    x, weight = operands(T, D, FEATURES + 2)
+    x, weight = operands(T, D, MANY_FEATURES + 2)
     together = np.asarray(matmul(x, weight, implementation="cpu"))
     for first, last in ((0, 1), (3, 5), (TOKENS - 1, TOKENS + 2), (T - 7, T)):
         np.testing.assert_array_equal(matmul(x[first:last], weight, implementation="cpu"), together[first:last])
@@ -53,7 +53,7 @@ def test_the_default_takes_what_the_kernel_refuses(dtype: str, D: int) -> None:
 
 
 def test_many_calls_at_once_do_not_wait_for_each_other_forever() -> None:
-    x, weight = operands(TOKENS, 4 * LANES, 8 * FEATURES)
+    x, weight = operands(TOKENS, 4 * LANES, 8 * FEW_FEATURES)
     call = jax.jit(lambda x, w: sum(matmul(x + i, w, implementation="cpu") for i in range(16)))
     expected = np.asarray(call(x, weight))
     for result in [call(x, weight) for _ in range(20)]:
