@@ -83,11 +83,10 @@ def _add_flag(group: Any, section: str, field: dataclasses.Field[Any], hint: Any
 
 
 class _Listed(argparse.Action):
-    """One tuple of all the values of a list option, which are comma-separated, apart as in vLLM, or given again."""
+    """One tuple of the values of a list option, which are comma-separated, or apart as in vLLM; given again, it counts anew."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        found = getattr(namespace, self.dest, ())
-        setattr(namespace, self.dest, (*found, *(item for value in values for item in value)))
+        setattr(namespace, self.dest, tuple(item for value in values for item in value))
 
 
 def _count(text: str) -> int:

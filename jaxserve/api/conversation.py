@@ -241,7 +241,9 @@ def read_function(fields: Fields, arguments_name: str = "arguments") -> dict[str
         # would end the conversation for good; vLLM goes on without the arguments too.
         try:
             arguments = parse_object(arguments.encode("utf-8"))
-        except UserError:
+        except UserError as error:
+            if error.code != "invalid_json":
+                raise fields.error(arguments_name, error.message) from None
             arguments = {}
     elif arguments is None or isinstance(arguments, str):
         arguments = {}

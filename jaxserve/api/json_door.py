@@ -112,7 +112,7 @@ def _check_structure(body: bytes) -> None:
 
 
 def _too_deep() -> UserError:
-    return UserError(None, f"the body is nested too deep; at most {MAX_DEPTH} levels are allowed", code="invalid_json")
+    return UserError(None, f"the body is nested too deep; at most {MAX_DEPTH} levels are allowed", code="json_too_deep")
 
 
 def _integer(digits: str) -> int:

@@ -59,7 +59,7 @@ def params() -> list[SamplingParams]:
 
 def tokens_of(llm: LLM, indices: list[int]) -> list[tuple[int, ...]]:
     results = llm.generate([PROMPTS[i] for i in indices], [params()[i] for i in indices], use_tqdm=False)
-    return [result.outputs[0].token_ids for result in results]
+    return [tuple(result.outputs[0].token_ids) for result in results]
 
 
 @functools.cache

@@ -319,7 +319,7 @@ def test_r21_unknown_fields_change_nothing(server: ServerProcess) -> None:
     unknown = {
         "num_gpu_blocks": 10**12,
         "beam_width": 10**9,
-        "lora_path": "/etc/passwd",
+        "adapter_file": "/etc/passwd",
         "__class__": {"a": []},
         "engine": "x",
         "pages": [1],
