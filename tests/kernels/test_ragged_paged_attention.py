@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.native.tiles import LANES
@@ -186,6 +186,7 @@ def test_narrow_cache_stays_within_its_rounding(implementation: str, dtype: str,
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@settings(max_examples=20)  # each compiles two programs
 @given(data=st.data())
 def test_equals_reference_on_random_batches(implementation: str, data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), min_size=4, max_size=4))
