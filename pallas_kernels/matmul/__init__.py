@@ -26,6 +26,8 @@ def matmul(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None, i
 
 
 def _native(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None) -> jax.Array:
+    if jax.default_backend() != "cpu":  # this branch is traced on TPU and GPU hosts too, where compiling the kernel would be for nothing
+        return xla.matmul(x, weight, dtype=dtype)
     try:
         return cpu.matmul(x, weight, dtype=dtype)
     except NotImplementedError:

@@ -58,3 +58,11 @@ def test_many_calls_at_once_do_not_wait_for_each_other_forever() -> None:
     expected = np.asarray(call(x, weight))
     for result in [call(x, weight) for _ in range(20)]:
         np.testing.assert_array_equal(result, expected)
+
+
+def test_hosts_of_other_devices_compile_no_kernel_for_their_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = operands(3, LANES, 4)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "ffi_call" not in str(jax.make_jaxpr(lambda: matmul(x, weight))())
+    monkeypatch.undo()
+    assert "ffi_call" in str(jax.make_jaxpr(lambda: matmul(x, weight))())
