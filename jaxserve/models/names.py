@@ -23,8 +23,7 @@ class Stored:
       names: {i} is the layer's number; {h} repeats the name for each head; {e} is the expert's number.
       layout: of each tensor. "rows" as our parameters are; "transposed" [in, out], for each head if there is an axis of them; "by_kv_head"
         the rows of fused queries, keys and values lie KV head after KV head, [its queries | its key | its value]; "stacked" is one row of
-        the parameter; "head_starts" and "head_ends"
-        are the first and the last rows of each head, as many as the parameter has.
+        the parameter; "head_starts" and "head_ends" are the first and the last rows of each head, as many as the parameter has.
         Parameters of experts are read one expert at a time. A tensor whose name has no {e} holds those of all, one after the other along
         its first axis. "expert" is [out, in], which the parameter has the other way round; "expert_transposed" [in, out]; with "pairs",
         outputs 2j and 2j + 1 are the parameter's j and j + half.

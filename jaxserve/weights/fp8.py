@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.weights.tensors import Checkpoint, TensorInfo
+from jaxserve.weights.tensors import Checkpoint, CheckpointView, TensorInfo
 
 E4M3 = "float8_e4m3fn"
 _SCALE, _INPUT_SCALES = "_scale_inv", (".activation_scale", ".input_scale")
 _NUMBERS = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
-class Fp8Checkpoint(Checkpoint):
+class Fp8Checkpoint(CheckpointView):
     """Another checkpoint, whose pairs of matrix and scales are one tensor of numbers each, under the name of the matrix.
 
     Args:
@@ -27,38 +27,25 @@ class Fp8Checkpoint(Checkpoint):
     """
 
     def __init__(self, stored: Checkpoint, packed: set[str], block: tuple[int, int]) -> None:
-        self._stored, self._packed, self._block = stored, packed, block
+        self._block = block
         left_out = {f"{name}{_SCALE}" for name in packed} | {
             name.removesuffix(".weight") + ending for name in packed for ending in _INPUT_SCALES
         }
-        super().__init__(
-            stored.path,
-            {
-                name: TensorInfo(shape=info.shape, dtype="float32") if name in packed else info
-                for name, info in stored.tensors.items()
-                if name not in left_out
-            },
-        )
+        tensors = {
+            name: TensorInfo(shape=info.shape, dtype="float32") if name in packed else info
+            for name, info in stored.tensors.items()
+            if name not in left_out
+        }
+        super().__init__(stored, tensors, packed=packed)
 
-    def read(self, name: str) -> np.ndarray:
-        if name not in self._packed:
-            return self._stored.read(name)
-        return self.read_rows(name, 0, self.tensors[name].shape[0])
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        self._check_rows(name, start, stop)
+    def _unpack(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self._stored.read_rows(name, start, stop)
-        if name not in self._packed:
-            return stored
         scales = self._stored.read(f"{name}{_SCALE}").astype(np.float32)
         if stored.ndim > 2:
             scales, first = (scales[start:stop] if scales.ndim else scales), 0
         else:
             first = start
         return dequantize(stored, scales, self._block, first)
-
-    def close(self) -> None:
-        self._stored.close()
 
 
 def unpack_fp8(checkpoint: Checkpoint, block: tuple[int, int]) -> Checkpoint:

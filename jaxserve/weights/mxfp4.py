@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.weights.tensors import Checkpoint, TensorInfo
+from jaxserve.weights.tensors import Checkpoint, CheckpointView, TensorInfo
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK_BYTES = 16
@@ -20,11 +20,10 @@ _NUMBERS = np.concatenate([_HALF, -_HALF])
 _PAIRS = np.stack([_NUMBERS[np.arange(256) & 15], _NUMBERS[np.arange(256) >> 4]], axis=1)  # of each byte
 
 
-class Mxfp4Checkpoint(Checkpoint):
+class Mxfp4Checkpoint(CheckpointView):
     """Another checkpoint, whose pairs X_blocks and X_scales are one tensor of numbers each, under the name of the blocks."""
 
     def __init__(self, stored: Checkpoint, packed: set[str]) -> None:
-        self._stored, self._packed = stored, packed
         tensors: dict[str, TensorInfo] = {}
         for name, info in stored.tensors.items():
             if name in packed:
@@ -32,22 +31,11 @@ class Mxfp4Checkpoint(Checkpoint):
                 tensors[name] = TensorInfo(shape=(*dims, blocks * 2 * _BLOCK_BYTES), dtype="float32")
             elif _scales_of(name) not in packed:
                 tensors[name] = info
-        super().__init__(stored.path, tensors)
+        super().__init__(stored, tensors, packed=packed)
 
-    def read(self, name: str) -> np.ndarray:
-        if name not in self._packed:
-            return self._stored.read(name)
-        return self.read_rows(name, 0, self.tensors[name].shape[0])
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        self._check_rows(name, start, stop)
-        blocks = self._stored.read_rows(name, start, stop)
-        if name not in self._packed:
-            return blocks
-        return dequantize(blocks, self._stored.read_rows(name.removesuffix(_BLOCKS) + _SCALES, start, stop))
-
-    def close(self) -> None:
-        self._stored.close()
+    def _unpack(self, name: str, start: int, stop: int) -> np.ndarray:
+        scales = self._stored.read_rows(name.removesuffix(_BLOCKS) + _SCALES, start, stop)
+        return dequantize(self._stored.read_rows(name, start, stop), scales)
 
 
 def unpack_mxfp4(checkpoint: Checkpoint) -> Checkpoint:

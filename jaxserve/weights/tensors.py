@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Self
 
 import numpy as np
@@ -75,6 +75,50 @@ class Checkpoint(abc.ABC):
     def _check_rows(self, name: str, start: int, stop: int) -> None:
         shape = self.tensors[name].shape
         assert 0 <= start <= stop <= (*shape, -1)[0], f"{name=} {shape=} {start=} {stop=}"
+
+
+class CheckpointView(Checkpoint):
+    """Another checkpoint, some of whose tensors have other names here, or are stored as something else than the numbers they stand for.
+
+    Args:
+      names: tensor -> its name in the other checkpoint, where that differs.
+      packed: tensors that `_unpack` reads.
+    """
+
+    def __init__(
+        self,
+        stored: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        names: Mapping[str, str] | None = None,
+        packed: Set[str] = frozenset(),
+    ) -> None:
+        super().__init__(stored.path, tensors)
+        self._stored, self._names, self._packed = stored, names or {}, packed
+
+    def read(self, name: str) -> np.ndarray:
+        if name in self._packed:
+            return self._unpack(name, 0, self.tensors[name].shape[0])
+        return self._stored.read(self._names.get(name, name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        self._check_rows(name, start, stop)
+        if name in self._packed:
+            return self._unpack(name, start, stop)
+        return self._stored.read_rows(self._names.get(name, name), start, stop)
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        if name in self._packed:
+            super().read_into(name, start, out)
+        else:
+            self._stored.read_into(self._names.get(name, name), start, out)
+
+    def close(self) -> None:
+        self._stored.close()
+
+    def _unpack(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a packed tensor, as numbers."""
+        raise AssertionError(f"{name} is packed in no way that is known here")
 
 
 def empty(shape: Sequence[int], dtype: numpy.typing.DTypeLike) -> np.ndarray:

@@ -12,10 +12,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxserve.models.hf_config import MODEL_TYPES
-from jaxserve.weights.tensors import Checkpoint
+from jaxserve.weights.tensors import Checkpoint, CheckpointView
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +47,12 @@ def _warn(architecture: str) -> None:
     log.warning("%s sees images too; its language model alone is loaded, and requests with images are refused", architecture)
 
 
-class TextPart(Checkpoint):
-    """Those tensors of another checkpoint that are the language model's, under the names that they would have alone."""
-
-    def __init__(self, stored: Checkpoint, names: Mapping[str, str]) -> None:
-        self._stored, self._names = stored, names
-        super().__init__(stored.path, {name: stored.tensors[old] for name, old in names.items()})
-
-    def read(self, name: str) -> np.ndarray:
-        return self._stored.read(self._names[name])
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._stored.read_rows(self._names[name], start, stop)
-
-    def close(self) -> None:
-        self._stored.close()
-
-
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
     """The language model of a checkpoint; the checkpoint itself if it is nothing else."""
     if not any(name.startswith(_INSIDE) for name in checkpoint.tensors):
         return checkpoint
-    return TextPart(checkpoint, {_alone(name): name for name in checkpoint.tensors if not _is_other(name)})
+    names = {_alone(name): name for name in checkpoint.tensors if not _is_other(name)}
+    return CheckpointView(checkpoint, {name: checkpoint.tensors[stored] for name, stored in names.items()}, names=names)
 
 
 def _is_other(name: str) -> bool:
