@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @functools.cache
-def alone(n: int = 1) -> list[tuple[int, ...]]:
+def alone(n: int = 1) -> list[list[int]]:
     params = SamplingParams(temperature=1.0, seed=3, n=n, max_tokens=12, ignore_eos=True)
     return [output.token_ids for output in LLM(str(tiny_model()), **SHAPES).generate([PROMPT], params, use_tqdm=False)[0].outputs]
 

@@ -222,7 +222,8 @@ def test_arguments_of_vllm_mean_the_same() -> None:
     conversations = [[{"role": "user", "content": text}] for text in ("hi", "ho")]
     results = engine().chat(conversations, SamplingParams(max_tokens=1), bar, chat_template="{{ messages[0].content }}!")
     assert ([result.prompt for result in results], bars) == (["hi!", "ho!"], [2])
-    params = [SamplingParams(max_tokens=1, stop=None, stop_token_ids=None, bad_words=None).clone(), SamplingParams(max_tokens=2)]
+    unset: Any = None  # as vLLM's callers write it
+    params = [SamplingParams(max_tokens=1, stop=unset, stop_token_ids=unset, bad_words=unset).clone(), SamplingParams(max_tokens=2)]
     results = engine().generate(["a", {"prompt_token_ids": [5]}], sampling_params=params, use_tqdm=False, priority=[1, 0])
     assert [len(result.outputs[0].token_ids) for result in results] == [1, 2]
     with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
