@@ -1,7 +1,10 @@
 """XLA's foreign function interface, as numba sees it: operands and results of a call, and work shared among XLA's threads.
 
-A kernel divides its work into items, each of which some thread runs once: `item(operands, results, index)`. The layout of the structures is
-that of xla/ffi/api/c_api.h, which jaxlib brings along and promises to keep.
+1. A kernel divides its work into items, each of which some thread runs once: `item(operands, results, index)`, a C function of its own.
+2. XLA calls the kernel's handler, which counts the items and calls `run`.
+3. `run` has XLA's other threads call `_task`, which is the same for all kernels, calls it as well, and waits for the last item.
+
+The layout of the structures is that of xla/ffi/api/c_api.h, which jaxlib brings along and promises to keep.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from typing import Any
 
 import jax
 from llvmlite import binding
-from numba import njit, types
+from numba import cfunc, njit
 from numba.core import config
 
-from pallas_kernels.native.memory import INT64, call, fetch_add, free, ints, malloc, sched_yield, words
+from pallas_kernels.native.memory import INT64, address_of, call, call_item, fetch_add, free, ints, malloc, sched_yield, words
 
-HANDLER = INT64(INT64)
-TASK = types.void(INT64)
+_HANDLER = _TASK = INT64(INT64)
+_ITEM = INT64(INT64, INT64, INT64)
+_TASK_SYMBOL = "jaxserve_task"
+_task_address = address_of(_TASK_SYMBOL)
 
 # XLA_FFI_CallFrame, XLA_FFI_Buffer and XLA_FFI_ThreadPool_..._Args in words of 8 bytes.
 _EXTENSION, _API, _CONTEXT, _STAGE_INT, _ARGS, _RETS = 1, 2, 3, 8, 9, 14
@@ -33,7 +38,7 @@ _BUFFER_DATA, _BUFFER_DIMS = 3, 5
 _FIRST_FUNCTION = 6  # of XLA_FFI_Api
 
 # What the threads of one call share, in words; the first two have a cache line to themselves.
-_NEXT, _DONE, _TOTAL, _HOLDERS, _STATE_ARGS, _STATE_RETS, _STATE_WORDS = 0, 8, 16, 17, 18, 19, 24
+_NEXT, _DONE, _TOTAL, _HOLDERS, _ITEM_ADDRESS, _STATE_ARGS, _STATE_RETS, _STATE_WORDS = 0, 8, 16, 17, 18, 19, 20, 24
 
 
 def _header() -> str:
@@ -69,17 +74,17 @@ def size(buffers: int, index: int, axis: int) -> int:
     return words(words(words(buffers)[index])[_BUFFER_DIMS])[axis]
 
 
-@njit
-def work(state: int, item: Any) -> None:
+def _task(state: int) -> int:
     """Items of a call until none is left; then this thread lets go of the state."""
     shared = words(state)
     while True:
         index = fetch_add(state + 8 * _NEXT, 1)
         if index >= shared[_TOTAL]:
             break
-        item(shared[_STATE_ARGS], shared[_STATE_RETS], index)
+        call_item(shared[_ITEM_ADDRESS], shared[_STATE_ARGS], shared[_STATE_RETS], index)
         fetch_add(state + 8 * _DONE, 1)
     _release(state)
+    return 0
 
 
 @njit
@@ -112,26 +117,22 @@ def results(frame: int) -> int:
 
 
 @njit
-def share(frame: int, total: int, task: int) -> int:
-    """Calls `task`, which calls `work`, on XLA's other threads; the state that this thread calls `work` and then `finish` with."""
+def run(frame: int, total: int, item: int) -> None:
+    """Runs items 0 to total - 1 of a call, on XLA's threads and this one.
+
+    Args:
+      item: the address of the kernel's item.
+    """
     state = malloc(8 * _STATE_WORDS)
     shared = words(state)
     helpers = max(min(_num_threads(frame), total), 1) - 1
     shared[_NEXT], shared[_DONE], shared[_TOTAL], shared[_HOLDERS] = 0, 0, total, helpers + 2
-    shared[_STATE_ARGS], shared[_STATE_RETS] = operands(frame), results(frame)
+    shared[_ITEM_ADDRESS], shared[_STATE_ARGS], shared[_STATE_RETS] = item, operands(frame), results(frame)
     for _ in range(helpers):
-        _schedule(frame, task, state)
-    return state
-
-
-@njit
-def finish(state: int) -> None:
-    """Waits for the items that other threads have begun.
-
-    A helper that starts only now finds nothing to do and is not waited for: all of XLA's threads may be waiting like this one.
-    """
-    shared = words(state)
-    while fetch_add(state + 8 * _DONE, 0) < shared[_TOTAL]:
+        _schedule(frame, _task_address(), state)
+    call(_task_address(), state)
+    # A helper that starts only now finds nothing to do and is not waited for: all of XLA's threads may be waiting like this one.
+    while fetch_add(state + 8 * _DONE, 0) < total:
         sched_yield()
     _release(state)
 
@@ -200,12 +201,31 @@ def use_cache() -> bool:
     return os.access(chosen, os.W_OK)
 
 
-def publish(symbol: str, function: Any) -> None:
-    """Gives a compiled function a name that `address_of` finds."""
-    binding.add_symbol(symbol, function.address)
+def item_address(target: str) -> Any:
+    """A function of no arguments that numba compiles: the address of the item of a kernel that is defined under this name."""
+    return address_of(f"{target}_item")
 
 
-def register(target: str, handler: Any) -> None:
-    """Makes a compiled handler known to XLA."""
-    function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(handler.address)
+def define(target: str, item: Callable[[int, int, int], int], handler: Callable[[int], int]) -> tuple[Any, ...]:
+    """Compiles a kernel and makes it known to XLA.
+
+    Args:
+      item: item(operands, results, index); returns 0.
+      handler: handler(frame), which calls `run` if the frame `executes`; returns 0, or the address of an XLA_FFI_Error.
+    Returns: what has to live as long as the process.
+    """
+    cache = use_cache()
+    task = _define_task()
+    compiled_item = cfunc(_ITEM, cache=cache)(item)
+    binding.add_symbol(f"{target}_item", compiled_item.address)
+    compiled_handler = cfunc(_HANDLER, cache=cache)(handler)
+    function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(compiled_handler.address)
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
+    return task, compiled_item, compiled_handler, function
+
+
+@once
+def _define_task() -> Any:
+    task = cfunc(_TASK, cache=use_cache())(_task)
+    binding.add_symbol(_TASK_SYMBOL, task.address)
+    return task

@@ -47,15 +47,22 @@ def fetch_add(typing_context: Any, address: Any, value: Any) -> Any:
     return INT64(INT64, INT64), codegen
 
 
+def _emit_call(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    function, *values = args
+    pointer = ir.FunctionType(_WORD, [_WORD] * len(values)).as_pointer()
+    return builder.call(builder.inttoptr(function, pointer), values)
+
+
 @intrinsic
 def call(typing_context: Any, function: Any, argument: Any) -> Any:
     """Calls the C function `int64 f(int64)` at an address."""
+    return INT64(INT64, INT64), _emit_call
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = ir.FunctionType(_WORD, [_WORD]).as_pointer()
-        return builder.call(builder.inttoptr(args[0], pointer), [args[1]])
 
-    return INT64(INT64, INT64), codegen
+@intrinsic
+def call_item(typing_context: Any, function: Any, operands: Any, results: Any, index: Any) -> Any:
+    """Calls the C function `int64 f(int64, int64, int64)` at an address."""
+    return INT64(*[INT64] * 4), _emit_call
 
 
 def address_of(symbol: str) -> Any:
@@ -92,3 +99,14 @@ def times_power_of_two(typing_context: Any, value: Any, exponent: Any) -> Any:
         return builder.fmul(args[0], builder.bitcast(biased, ir.FloatType()))
 
     return types.float32(types.float32, types.int32), codegen
+
+
+@intrinsic
+def stay_apart(typing_context: Any) -> Any:
+    """Has the function that calls this compiled once, not again in each place that calls it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

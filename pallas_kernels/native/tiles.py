@@ -13,10 +13,11 @@ from numba.core import cgutils
 
 from pallas_kernels.native.memory import INT64, emit_prefetch, intrinsic
 
-_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 registers of 16 numbers
+LINE = 16  # numbers in a cache line; what the kernels want lengths to be multiples of, whatever the processor
+_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))  # 32 registers of 16 numbers, not 16 of 8
 LANES = 16 if _WIDE else 8
-DOT_ROWS, DOT_COLUMNS = (8, 3) if _WIDE else (4, 2)
-OUTER_SHAPES = ((6, 4), (3, 8)) if _WIDE else ((4, 2), (2, 4))  # (rows, vectors): the most of each
+DOT_ROWS, DOT_COLUMNS = (8, 3) if _WIDE else (4, 3)
+OUTER_SHAPES = ((6, 4), (3, 8)) if _WIDE else ((6, 2), (2, 4))  # (rows, vectors): the most of each
 
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -76,7 +77,7 @@ def dot_tile(typing_context: Any, rows: Any, columns: Any, x: Any, w: Any, y: An
     """y[r, c] = x[r] . w[c] for up to DOT_ROWS rows; columns is DOT_COLUMNS or 1.
 
     Args:
-      x, w: addresses of [rows, depth] and [columns, depth]; depth is a multiple of LANES.
+      x, w: addresses of [rows, depth] and [columns, depth]; depth is a multiple of LINE.
       y: address of the result, whose rows are `stride` numbers apart.
       ahead: numbers after w from which columns to come are fetched meanwhile; 0 for none.
     """
@@ -99,16 +100,19 @@ def _dot(builder: ir.IRBuilder, rows: int, columns: int, x: Any, w: Any, y: Any,
     w_rows = [builder.add(w, builder.mul(size, _word(c))) for c in range(columns)]
 
     def body(k: Any, sums: list[Any]) -> list[Any]:
-        weights = [_load(builder, row, k) for row in w_rows]
         for row in w_rows:
             emit_prefetch(builder, _at(builder, row, builder.add(k, ahead), ir.IntType(8)))
-        new: list[Any] = []
-        for r, row in enumerate(x_rows):
-            values = _load(builder, row, k)
-            new += [_fma(builder, weight, values, sums[r * columns + c]) for c, weight in enumerate(weights)]
-        return new
+        for part in range(0, LINE, LANES):
+            place = builder.add(k, _word(part))
+            weights = [_load(builder, row, place) for row in w_rows]
+            new: list[Any] = []
+            for r, row in enumerate(x_rows):
+                values = _load(builder, row, place)
+                new += [_fma(builder, weight, values, sums[r * columns + c]) for c, weight in enumerate(weights)]
+            sums = new
+        return sums
 
-    sums = _loop(builder, depth, LANES, [ir.Constant(_VECTOR, [0.0] * LANES)] * (rows * columns), body)
+    sums = _loop(builder, depth, LINE, [ir.Constant(_VECTOR, [0.0] * LANES)] * (rows * columns), body)
     places = [(builder.add(builder.mul(stride, _word(r)), _word(c))) for r in range(rows) for c in range(columns)]
     for first in range(0, len(sums), LANES):
         _store_sums(builder, sums[first : first + LANES], y, places[first : first + LANES])

@@ -14,19 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numba import cfunc, njit
+from numba import njit
 
 from pallas_kernels.native import ffi
-from pallas_kernels.native.memory import address_of, floats, free, ints, malloc, times_power_of_two
-from pallas_kernels.native.tiles import LANES, OUTER_SHAPES, outer_tile
+from pallas_kernels.native.memory import floats, free, ints, malloc, stay_apart, times_power_of_two
+from pallas_kernels.native.tiles import LANES, LINE, OUTER_SHAPES, outer_tile
 from pallas_kernels.ragged_paged_attention.reference import MASKED
 from pallas_kernels.ragged_paged_attention.xla import cache_shape as cache_shape
 
 QUERIES = 32
 FAR = 2**30  # a window that hides nothing
 
-_TARGET, _TASK = "jaxserve_ragged_paged_attention", "jaxserve_ragged_paged_attention_task"
-_task_address = address_of(_TASK)
+_TARGET = "jaxserve_ragged_paged_attention"
+_item_address = ffi.item_address(_TARGET)
 _Q, _K, _V, _PAGES, _TABLE, _START, _LENGTHS, _BLOCKS, _SLOPES, _SINKS, _INTS, _FLOATS = range(12)  # operands
 _LAYER, _WINDOW, _CAUSAL = range(3)
 _Q_SCALE, _V_SCALE, _SOFTCAP = range(3)
@@ -59,11 +59,11 @@ def ragged_paged_attention(
 
     Args:
       pages: [R, num_pages, 2K, page_size * H] as in xla.py.
-    Raises: NotImplementedError for other types than float32, and for head or page sizes that are no multiple of a vector.
+    Raises: NotImplementedError for other types than float32, and for head or page sizes that are no multiple of a cache line.
     """
     T, N, H = q.shape
     page_size = pages.shape[3] // H
-    if not (q.dtype == k.dtype == v.dtype == pages.dtype == jnp.float32) or H % LANES or page_size % LANES or 0 in (T, len(kv_len)):
+    if not (q.dtype == k.dtype == v.dtype == pages.dtype == jnp.float32) or H % LINE or page_size % LINE or 0 in (T, len(kv_len)):
         raise NotImplementedError(f"heads of {q.dtype}[{H}], pages of {pages.dtype}[{page_size}]")
     del one_token_rows  # nothing to gain
     _compile()
@@ -128,8 +128,7 @@ def _write(operands: int, results: int, row: int, head: int) -> None:
         position += count
 
 
-@njit
-def _item(operands: int, results: int, index: int) -> None:
+def _item(operands: int, results: int, index: int) -> int:
     N, H, K = ffi.size(operands, _Q, 1), ffi.size(operands, _Q, 2), ffi.size(operands, _K, 1)
     page_size, G = ffi.size(operands, _PAGES, 3) // H, N // K
     head, block = index % K, index // K
@@ -167,6 +166,7 @@ def _item(operands: int, results: int, index: int) -> None:
         _multiply(M, H, scores + 4 * some, page_size, values + 4 * some * H, H, out, H, end - some)
     _end(operands, results, token, head * G, G, M, out, state)
     free(scratch)
+    return 0
 
 
 @njit
@@ -209,6 +209,7 @@ def _begin(operands: int, token: int, head: int, G: int, M: int, queries: int, o
 @njit
 def _multiply(rows: int, columns: int, a: int, a_stride: int, b: int, b_stride: int, c: int, c_stride: int, depth: int) -> None:
     """c[rows, columns] += a[rows, depth] b[depth, columns]."""
+    stay_apart()
     tallest, widest = OUTER_SHAPES[1] if rows <= OUTER_SHAPES[1][0] else OUTER_SHAPES[0]
     row = 0
     while row < rows:
@@ -304,26 +305,15 @@ def _end(operands: int, results: int, token: int, head: int, G: int, M: int, out
             result[target + i] = floats(out)[m * H + i] * factor
 
 
+def _handler(frame: int) -> int:
+    if ffi.executes(frame):
+        operands = ffi.operands(frame)
+        _begin_step(operands, ffi.results(frame))
+        blocks = ints(ffi.data(operands, _BLOCKS))[ffi.size(operands, _BLOCKS, 0) - 1]
+        ffi.run(frame, blocks * ffi.size(operands, _K, 1), _item_address())
+    return 0
+
+
 @ffi.once
 def _compile() -> Any:
-    cache = ffi.use_cache()
-
-    @cfunc(ffi.TASK, cache=cache)
-    def task(state: int) -> None:
-        ffi.work(state, _item)
-
-    ffi.publish(_TASK, task)
-
-    @cfunc(ffi.HANDLER, cache=cache)
-    def handler(frame: int) -> int:
-        if ffi.executes(frame):
-            operands = ffi.operands(frame)
-            _begin_step(operands, ffi.results(frame))
-            blocks = ints(ffi.data(operands, _BLOCKS))[ffi.size(operands, _BLOCKS, 0) - 1]
-            state = ffi.share(frame, blocks * ffi.size(operands, _K, 1), _task_address())
-            ffi.work(state, _item)
-            ffi.finish(state)
-        return 0
-
-    ffi.register(_TARGET, handler)
-    return task, handler
+    return ffi.define(_TARGET, _item, _handler)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul.cpu import FEW_FEATURES, MANY_FEATURES, TOKENS
-from pallas_kernels.native.tiles import DOT_COLUMNS, DOT_ROWS, LANES
+from pallas_kernels.native.tiles import DOT_COLUMNS, DOT_ROWS, LINE
 
 
 def operands(T: int, D: int, F: int, *, seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -23,13 +23,13 @@ def operands(T: int, D: int, F: int, *, seed: int = 0) -> tuple[jax.Array, jax.A
 @settings(max_examples=12)
 @given(T=st.integers(1, 2 * DOT_ROWS + 1), vectors=st.integers(1, 3), F=st.integers(1, 2 * FEW_FEATURES + DOT_COLUMNS))
 def test_equals_the_plain_product(implementation: str, T: int, vectors: int, F: int) -> None:
-    x, weight = operands(T, vectors * LANES, F, seed=T * F)
+    x, weight = operands(T, vectors * LINE, F, seed=T * F)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(matmul(x, weight, implementation=implementation), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:
-    T, D = TOKENS + DOT_ROWS + 3, 5 * LANES
+    T, D = TOKENS + DOT_ROWS + 3, 5 * LINE
     x, weight = operands(T, D, MANY_FEATURES + 2)
     together = np.asarray(matmul(x, weight, implementation="cpu"))
     for first, last in ((0, 1), (3, 5), (TOKENS - 1, TOKENS + 2), (T - 7, T)):
@@ -37,13 +37,13 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
 
 
 def test_nan_and_infinity_stay_in_their_rows() -> None:
-    x, weight = operands(5, LANES, 4)
+    x, weight = operands(5, LINE, 4)
     x = x.at[1, 0].set(jnp.nan).at[3, 0].set(jnp.inf)
     finite = np.isfinite(matmul(x, weight, implementation="cpu")).all(axis=1)
     np.testing.assert_array_equal(finite, [True, False, True, False, True])
 
 
-@pytest.mark.parametrize(("dtype", "D"), [("bfloat16", LANES), ("float32", LANES + 1)])
+@pytest.mark.parametrize(("dtype", "D"), [("bfloat16", LINE), ("float32", LINE + 1)])
 def test_the_default_takes_what_the_kernel_refuses(dtype: str, D: int) -> None:
     x, weight = (array.astype(dtype) for array in operands(3, D, 4))
     with pytest.raises(NotImplementedError, match=dtype):
@@ -53,7 +53,7 @@ def test_the_default_takes_what_the_kernel_refuses(dtype: str, D: int) -> None:
 
 
 def test_many_calls_at_once_do_not_wait_for_each_other_forever() -> None:
-    x, weight = operands(TOKENS, 4 * LANES, 8 * FEW_FEATURES)
+    x, weight = operands(TOKENS, 4 * LINE, 8 * FEW_FEATURES)
     call = jax.jit(lambda x, w: sum(matmul(x + i, w, implementation="cpu") for i in range(16)))
     expected = np.asarray(call(x, weight))
     for result in [call(x, weight) for _ in range(20)]:
@@ -61,7 +61,7 @@ def test_many_calls_at_once_do_not_wait_for_each_other_forever() -> None:
 
 
 def test_hosts_of_other_devices_compile_no_kernel_for_their_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = operands(3, LANES, 4)
+    x, weight = operands(3, LINE, 4)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "ffi_call" not in str(jax.make_jaxpr(lambda: matmul(x, weight))())
     monkeypatch.undo()

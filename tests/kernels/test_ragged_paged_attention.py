@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.native.tiles import LANES
+from pallas_kernels.native.tiles import LINE
 from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.cases import CASES, FEATURES, Case, make_inputs
 
@@ -41,7 +41,7 @@ RESTORE = {"reference": lambda pages, shape: pages, "xla": from_rows, "cpu": fro
 
 def in_vectors(case: Case) -> Case:
     """The case with sizes that the kernel for CPUs takes."""
-    return dataclasses.replace(case, head_size=2 * LANES if case.head_size < 16 else LANES, page_size=LANES)
+    return dataclasses.replace(case, head_size=2 * LINE if case.head_size < 16 else LINE, page_size=LINE)
 
 
 def run(implementation: str, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
