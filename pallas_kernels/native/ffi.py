@@ -20,11 +20,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from llvmlite import binding
+from llvmlite import binding, ir
 from numba import cfunc, njit
 from numba.core import config
 
-from pallas_kernels.native.memory import INT64, address_of, call, call_item, fetch_add, free, ints, malloc, sched_yield, words
+from pallas_kernels.native.memory import (
+    INT64,
+    address_of,
+    call,
+    call_item,
+    fetch_add,
+    free,
+    intrinsic,
+    ints,
+    load_word,
+    malloc,
+    sched_yield,
+    words,
+)
 
 _HANDLER = _TASK = INT64(INT64)
 _ITEM = INT64(INT64, INT64, INT64)
@@ -62,16 +75,27 @@ _DESTROY_ERROR = _function("XLA_FFI_Error_Destroy")
 _SCHEDULE, _NUM_THREADS = _function("XLA_FFI_ThreadPool_Schedule"), _function("XLA_FFI_ThreadPool_NumThreads")
 
 
-@njit
-def data(buffers: int, index: int) -> int:
+# Intrinsics and not functions: they are called everywhere, and numba compiles a function anew for each kind of argument.
+@intrinsic
+def data(typing_context: Any, buffers: Any, index: Any) -> Any:
     """Address of the numbers of an operand or result."""
-    return words(words(buffers)[index])[_BUFFER_DATA]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return load_word(builder, load_word(builder, *args), ir.Constant(ir.IntType(64), _BUFFER_DATA))
+
+    return INT64(INT64, INT64), codegen
 
 
-@njit
-def size(buffers: int, index: int, axis: int) -> int:
+@intrinsic
+def size(typing_context: Any, buffers: Any, index: Any, axis: Any) -> Any:
     """Length of an axis of an operand or result."""
-    return words(words(words(buffers)[index])[_BUFFER_DIMS])[axis]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        buffers, index, axis = args
+        dimensions = load_word(builder, load_word(builder, buffers, index), ir.Constant(ir.IntType(64), _BUFFER_DIMS))
+        return load_word(builder, dimensions, axis)
+
+    return INT64(INT64, INT64, INT64), codegen
 
 
 def _task(state: int) -> int:

@@ -37,6 +37,12 @@ free = types.ExternalFunction("free", types.void(INT64))
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
+def load_word(builder: ir.IRBuilder, address: Any, index: Any) -> Any:
+    """For intrinsics: the index-th int64 from an address."""
+    place = builder.add(address, builder.mul(index, ir.Constant(_WORD, 8)))
+    return builder.load(builder.inttoptr(place, _WORD.as_pointer()))
+
+
 @intrinsic
 def fetch_add(typing_context: Any, address: Any, value: Any) -> Any:
     """Adds to the int64 at an address, atomically; what was there before."""
