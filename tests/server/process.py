@@ -23,7 +23,7 @@ SHAPES = ["--max-rows", "4", "--max-step-tokens", "32", "--decode-rows", "4", "-
 MAX_LEN = 4096
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Generous, for machines that do other things too; nothing waits so long unless something is broken.
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 @functools.cache
