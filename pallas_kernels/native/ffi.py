@@ -240,9 +240,9 @@ def define(target: str, item: Callable[[int, int, int], int], handler: Callable[
     """
     cache = use_cache()
     task = _define_task()
-    compiled_item = cfunc(_ITEM, cache=cache)(item)
+    compiled_item: Any = cfunc(_ITEM, cache=cache)(item)
     binding.add_symbol(f"{target}_item", compiled_item.address)
-    compiled_handler = cfunc(_HANDLER, cache=cache)(handler)
+    compiled_handler: Any = cfunc(_HANDLER, cache=cache)(handler)
     function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(compiled_handler.address)
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     return task, compiled_item, compiled_handler, function
@@ -250,6 +250,6 @@ def define(target: str, item: Callable[[int, int, int], int], handler: Callable[
 
 @once
 def _define_task() -> Any:
-    task = cfunc(_TASK, cache=use_cache())(_task)
+    task: Any = cfunc(_TASK, cache=use_cache())(_task)
     binding.add_symbol(_TASK_SYMBOL, task.address)
     return task
