@@ -213,3 +213,9 @@ def test_models_that_differ_only_in_their_weights_are_told_apart(tmp_path: pathl
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name] * np.float32(1.01)}, tmp_path / "model.safetensors")
     assert fingerprint(spec, tmp_path) != fingerprint(spec, model)
+
+
+def test_engine_is_refused_to_a_process_that_another_leads() -> None:
+    config = make_config({"model": str(tiny_model()), "coordinator": "localhost:1", "num_processes": 2, "process_id": 1})
+    with pytest.raises(ConfigError, match="only process 0 of those that serve together has an engine"):
+        load_engine(config, Metrics("tiny"), lambda _: None)
