@@ -10,7 +10,8 @@ Where the door is, is said by options or by the cluster; see cluster.py. jax get
 open, to tell whoever comes late, or twice, why it may not come in: jax itself would end every process for that.
 
 A message is its length, a line of JSON that says what the arrays are, and their bytes. Nothing is unpickled. A connection that ends without
-a farewell means that its process is gone: then nobody can go on, and the leader says so to whoever waits.
+a farewell means that its process is gone, and so does a host that no longer answers. Then nobody can go on, and the leader says so to
+whoever waits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import logging
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # from the first process to the last
 _HELLO_TIMEOUT_S = 10.0  # for whoever knocks to say who it is
 _RETRY_S = 0.2
+_PROBES = 3  # that a host leaves unanswered before it is lost
+_PROBE_S = 2
 _MAX_HEADER = 1 << 20
 _FAREWELL = {"farewell": True}
 _LENGTH = struct.Struct("<QQ")  # bytes of the header and of the arrays
@@ -149,8 +153,7 @@ class Door:
             link.close()
             return None
         if problem is None:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link.settimeout(None)
+            _open_for_steps(link)
             self._links[process] = link
         else:
             log.warning("%s", problem)
@@ -192,7 +195,7 @@ def knock(host: str, port: int, process: int, identity: Mapping[str, Any], *, ti
     if answer["refused"] is not None:
         link.close()
         raise ConfigError(answer["refused"])
-    link.settimeout(None)
+    _open_for_steps(link)
     return Follower(link), answer["jax_port"]
 
 
@@ -337,6 +340,19 @@ def _listen(port: int) -> socket.socket:
             f"port {port}, where the other processes are to come in, is not free: {error.strerror}; choose another with --coordinator "
             "HOST:PORT, or with JAX_COORDINATOR_PORT where the cluster says who takes part"
         ) from None
+
+
+def _open_for_steps(link: socket.socket) -> None:
+    """Wait as long as it takes for what the other process says, unless its host is gone: no power, no network."""
+    link.settimeout(None)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":  # elsewhere the system's own patience of hours
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        # Of data on their way, which keep probes from being sent.
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _PROBE_S * (1 + _PROBES))
 
 
 def _free_port() -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -158,6 +159,20 @@ def test_lost_follower_is_named_to_whoever_waits() -> None:
         assert reason.result(PATIENCE_S) == "process 2 is gone: it ended its connection"
         with pytest.raises(ConnectionError, match="process 2 is gone"):
             leader.tell(0, "decode_4", ())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
+def test_host_that_no_longer_answers_is_lost_within_ten_seconds() -> None:
+    with group(3) as (_, leader, followers):
+        for link in (*leader._links.values(), *(follower._link for follower in followers)):
+            idle_s, pause_s, probes, unsent_ms = (
+                link.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+            )
+            assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert idle_s + pause_s * probes < 10
+            assert 0 < unsent_ms < 10_000
+            assert link.gettimeout() is None, "the other process may take as long as it needs"
 
 
 def test_lost_leader_ends_its_followers() -> None:
