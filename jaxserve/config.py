@@ -123,7 +123,7 @@ class ParallelConfig:
     def is_multihost(self) -> bool:
         """Whether other processes take part."""
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # on GKE
+        workers = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", ""))  # on GKE, as jax reads them
         return self.coordinator is not None or (tasks.isdecimal() and int(tasks) > 1) or "," in workers
 
     @property

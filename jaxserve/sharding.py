@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxserve.config import MESH_AXES
@@ -218,11 +219,13 @@ class Placement:
     Args:
       cuts: none for one that every device has whole.
       stacked: whether its first axis, which cuts do not count, is the repeats of a layer group.
+      order: its axes in memory, from the outermost to the innermost; None leaves them to the compiler.
     """
 
     target: Sharding
     cuts: tuple[Cut, ...]
     stacked: bool
+    order: tuple[int, ...] | None = None
 
     def axis(self, cut: Cut) -> int:
         """Of the array that a cut deals out."""
@@ -252,6 +255,15 @@ class Placement:
     def sharding(self) -> Sharding:
         """Where the array lies."""
         return NamedSharding(self.target.mesh, self.spec) if isinstance(self.target, NamedSharding) and self.cuts else self.target
+
+    @property
+    def format(self) -> Any:
+        """Where the array lies and, if that is not left to the compiler, how."""
+        return self.sharding if self.order is None else Format(Layout(self.order), self.sharding)
+
+    def format_on(self, device: Device) -> Any:
+        """The same of the share of one device."""
+        return device if self.order is None else Format(Layout(self.order), SingleDeviceSharding(device))
 
     def shares(self, local: Sequence[int]) -> dict[Device, tuple[tuple[Piece, ...], ...]]:
         """For each device of this process, what it holds along each cut; `local` is the shape of a share."""

@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.bounds import ThinkingMarks, thinking_marks
 from jaxserve.engine.defaults import read_generation, sampling_defaults, template_defaults
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.multihost import Follower, Leader, meet
+from jaxserve.engine.multihost import Follower, Leader, is_follower, meet
 from jaxserve.engine.replicas import Replicas
 from jaxserve.engine.task import choose_family
 from jaxserve.errors import ConfigError
@@ -86,9 +86,14 @@ def load_engine(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
       on_state: called with a short word on what is going on, such as "compiling 7/12".
     Raises: ConfigError saying what does not fit.
     """
+    if is_follower(config.parallel):
+        raise ConfigError(
+            "only process 0 of those that serve together has an engine; run python -m jaxserve.serve or jaxserve.batch in the others, "
+            "with the same options"
+        )
     group, model, runners = _load_runners(config, metrics, on_state)
     spec, tokenizer, eos_ids = model.spec, model.tokenizer, model.eos_ids
-    assert not isinstance(group, Follower), "followers have no engine: follow_leader is their way"
+    assert not isinstance(group, Follower), f"{config.parallel=}"
     if group is not None:
         for i, runner in enumerate(runners):
             runner.lead(functools.partial(group.tell, i))
@@ -193,8 +198,7 @@ def _identity(config: EngineConfig) -> dict[str, Any]:
     options = {f"--{name.replace('_', '-')}": value for section in sections for name, value in dataclasses.asdict(section).items()}
     for own in ("--cache-dir", "--compile-threads"):
         del options[own]
-    parallel = {"--num-processes": config.parallel.num_processes, "--mesh": config.parallel.axes}
-    return {"version": VERSION, "jax": jax.__version__, **parallel, **options}
+    return {"version": VERSION, "jax": jax.__version__, "--mesh": config.parallel.axes, **options}
 
 
 def fingerprint(spec: ModelSpec, path: pathlib.Path) -> str:

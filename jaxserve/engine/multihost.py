@@ -1,16 +1,17 @@
 """Several processes as one engine: process 0 leads, schedules and answers; the others run the same programs on the same inputs.
 
     leader                                          each follower
-    open the door at --coordinator    <--(TCP)---   knock: its number, version and options; refused by name if they differ
+    open the door                     <--(TCP)---   knock: its number, version and options; refused by name if they differ
     once all are here: where jax is   ---------->   join jax
     the model, once it is found       <----------   the same; refused by name if it differs
     tell(copy, program, arrays)       ---------->   receive, replay: a loop of two calls
 
-Where only jax knows the processes (--coordinator auto), they join jax first and learn from it where the door is. The door stays open, to
-tell whoever comes late, or twice, why it may not come in: jax itself would end every process for that.
+Where the door is, is said by options or by the cluster; see cluster.py. jax gets another port, which the leader chooses. The door stays
+open, to tell whoever comes late, or twice, why it may not come in: jax itself would end every process for that.
 
 A message is its length, a line of JSON that says what the arrays are, and their bytes. Nothing is unpickled. A connection that ends without
-a farewell means that its process is gone: then nobody can go on, and the leader says so to whoever waits.
+a farewell means that its process is gone, and so does a host that no longer answers. Then nobody can go on, and the leader says so to
+whoever waits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import logging
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +29,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxserve.config import ParallelConfig
+from jaxserve.engine.cluster import find_place
 from jaxserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -37,66 +39,50 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # from the first process to the last
 _HELLO_TIMEOUT_S = 10.0  # for whoever knocks to say who it is
 _RETRY_S = 0.2
-_ADDRESS_BYTES = 512
+_PROBES = 3  # that a host leaves unanswered before it is lost
+_PROBE_S = 2
 _MAX_HEADER = 1 << 20
 _FAREWELL = {"farewell": True}
 _LENGTH = struct.Struct("<QQ")  # bytes of the header and of the arrays
 
 
 def is_follower(parallel: ParallelConfig) -> bool:
-    """Whether another process leads; joins jax where only jax knows. Raises: ConfigError."""
-    if parallel.process_id is not None:
-        return parallel.process_id > 0
-    if parallel.is_multihost:
-        _join_jax(None, None, None)
-    return parallel.is_multihost and jax.process_index() > 0
+    """Whether another process leads. Raises: ConfigError."""
+    place = find_place(parallel)
+    return place is not None and place.process > 0
 
 
 def meet(parallel: ParallelConfig, identity: Mapping[str, Any]) -> Leader | Follower | None:
     """Meet the other processes, if there are any; to be called before anything else asks jax for its devices.
 
     Args:
-      identity: what must be the same everywhere, by its name.
+      identity: what must be the same everywhere, by its name; the number of processes is added.
     Raises: ConfigError naming what differs, or who did not come.
     """
-    if not parallel.is_multihost:
+    place = find_place(parallel)
+    if place is None:
         return None
-    count, process, coordinator = parallel.num_processes, parallel.process_id, parallel.coordinator
-    if count is None or process is None or coordinator is None:
-        return _meet_through_jax(identity)
-    host, _, port = coordinator.rpartition(":")
+    identity = {"--num-processes": place.count, **identity}
     group: Leader | Follower
-    if process == 0:
-        door, jax_port = Door(int(port), count, identity), _free_port()
+    if place.process == 0:
+        door, jax_port = Door(place.port, place.count, identity), _free_port()
         group = door.gather(START_TIMEOUT_S, jax_port)
     else:
-        group, jax_port = knock(host.strip("[]"), int(port), process, identity, timeout_s=START_TIMEOUT_S)
-    _join_jax(f"{host}:{jax_port}", count, process)
+        group, jax_port = knock(place.host, place.port, place.process, identity, timeout_s=START_TIMEOUT_S)
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    _join_jax(f"{host}:{jax_port}", place.count, place.process)
     return group
 
 
-def _meet_through_jax(identity: Mapping[str, Any]) -> Leader | Follower:
-    _join_jax(None, None, None)
-    if jax.process_index() > 0:
-        host, port = json.loads(bytes(_broadcast(b"")).rstrip(b"\0"))
-        group, _ = knock(host, port, jax.process_index(), identity, timeout_s=START_TIMEOUT_S)
-        return group
-    door = Door(0, jax.process_count(), identity)
-    _broadcast(json.dumps([_own_address(), door.port]).encode())
-    return door.gather(START_TIMEOUT_S)
-
-
-def _join_jax(address: str | None, count: int | None, process: int | None) -> None:
-    """Have jax know the devices of all processes; once. What jax is not told it finds out, or it fails."""
-    if jax.distributed.is_initialized():
-        return
+def _join_jax(address: str, count: int, process: int) -> None:
+    """Have jax know the devices of all processes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from the server, which drains
     try:
         jax.distributed.initialize(address, count, process)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"jax does not find the processes that serve together: {error}; name them with --coordinator HOST:PORT") from None
-    log.info("joined process=%d of=%d devices=%d", jax.process_index(), jax.process_count(), jax.device_count())
+        raise ConfigError(f"jax cannot join the processes that serve together at {address}: {error}") from None
+    log.info("joined process=%d of=%d devices=%d", process, count, jax.device_count())
 
 
 class Door:
@@ -116,7 +102,7 @@ class Door:
         self._links: dict[int, socket.socket] = {}
         self._complete_s: float | None = None
 
-    def gather(self, timeout_s: float, jax_port: int | None = None) -> Leader:
+    def gather(self, timeout_s: float, jax_port: int) -> Leader:
         """Wait for all others.
 
         Args:
@@ -167,8 +153,7 @@ class Door:
             link.close()
             return None
         if problem is None:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link.settimeout(None)
+            _open_for_steps(link)
             self._links[process] = link
         else:
             log.warning("%s", problem)
@@ -186,7 +171,7 @@ class Door:
         return _difference(process, self._identity, identity)
 
 
-def knock(host: str, port: int, process: int, identity: Mapping[str, Any], *, timeout_s: float) -> tuple[Follower, int | None]:
+def knock(host: str, port: int, process: int, identity: Mapping[str, Any], *, timeout_s: float) -> tuple[Follower, int]:
     """Come in at the leader's door, which need not be there yet; also where to find jax.
 
     Raises: ConfigError saying why this process is refused, or that there is no leader.
@@ -210,7 +195,7 @@ def knock(host: str, port: int, process: int, identity: Mapping[str, Any], *, ti
     if answer["refused"] is not None:
         link.close()
         raise ConfigError(answer["refused"])
-    link.settimeout(None)
+    _open_for_steps(link)
     return Follower(link), answer["jax_port"]
 
 
@@ -351,26 +336,28 @@ def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
     except OSError as error:
-        raise ConfigError(f"port {port} of --coordinator is not free: {error.strerror}") from None
+        raise ConfigError(
+            f"port {port}, where the other processes are to come in, is not free: {error.strerror}; choose another with --coordinator "
+            "HOST:PORT, or with JAX_COORDINATOR_PORT where the cluster says who takes part"
+        ) from None
+
+
+def _open_for_steps(link: socket.socket) -> None:
+    """Wait as long as it takes for what the other process says, unless its host is gone: no power, no network."""
+    link.settimeout(None)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":  # elsewhere the system's own patience of hours
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        # Of data on their way, which keep probes from being sent.
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _PROBE_S * (1 + _PROBES))
 
 
 def _free_port() -> int:
     with _listen(0) as listener:
         return listener.getsockname()[1]
-
-
-def _own_address() -> str:
-    """The address under which others reach this host."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
-
-
-def _broadcast(mine: bytes) -> np.ndarray:
-    """Bytes of process 0, at every process."""
-    assert len(mine) <= _ADDRESS_BYTES, f"{len(mine)=}"
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(mine.ljust(_ADDRESS_BYTES, b"\0"), np.uint8)))
 
 
 def _encode(head: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> bytes:

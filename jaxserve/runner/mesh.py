@@ -45,13 +45,13 @@ def plan_mesh(config: EngineConfig, spec: ModelSpec, devices: Sequence[Device] |
     Raises: ConfigError if the mesh asked for does not fit the devices or the model.
     """
     devices = jax.devices() if devices is None else devices
-    asked = config.parallel.axes
+    num_hosts, asked = len({device.process_index for device in devices}), config.parallel.axes
     if asked:
         data, split, reason = asked.get("data", 1), Split(expert=asked.get("expert", 1), tensor=asked.get("tensor", 1)), "as asked for"
         if "tensor" not in asked and "expert" not in asked and len(devices) % data == 0:
-            split, reason = _fitting(config, spec, devices[: len(devices) // data], reason)
+            split, reason = _fitting(config, spec, devices[: len(devices) // data], num_hosts, reason)
     else:
-        split, reason = _fitting(config, spec, devices, "")
+        split, reason = _fitting(config, spec, devices, num_hosts, "")
         data = len(devices) // split.num_devices
     check_split(spec, split)
     if data * split.num_devices > len(devices):
@@ -82,17 +82,19 @@ def _norms_all_heads(spec: ModelSpec) -> bool:
     return any(isinstance(a, AttentionSpec) and a.qk_norm is not None and a.qk_norm.over == "width" for a in attentions)
 
 
-def _fitting(config: EngineConfig, spec: ModelSpec, devices: Sequence[Device], reason: str) -> tuple[Split, str]:
-    """Devices on the tensor axis, up to the number of KV heads; more if the weights would not fit otherwise."""
-    sizes = [size for size in range(1, len(devices) + 1) if len(devices) % size == 0]
+def _fitting(config: EngineConfig, spec: ModelSpec, devices: Sequence[Device], num_hosts: int, reason: str) -> tuple[Split, str]:
+    """Devices on the tensor axis, up to the number of KV heads; more if weights need them, or hosts would have no equal parts."""
     if _norms_all_heads(spec):
         return Split(), reason or "its heads are normalized together, so each device has a copy"
     heads = min(
         layer.attention.num_kv_heads if isinstance(layer.attention, AttentionSpec) else layer.attention.num_heads for layer in spec.layers
     )
-    tensor = max(size for size in sizes if size <= heads)
+    sizes = [size for size in range(1, len(devices) + 1) if len(devices) % size == 0 and (size % num_hosts == 0 or size == len(devices))]
+    tensor, found = max((size for size in sizes if size <= heads), default=sizes[0]), f"{heads} KV heads"
+    if tensor > heads:
+        found += f", but each of {num_hosts} processes takes part in every copy"
     own = [device for device in devices if device.process_index == jax.process_index()]
-    room, found = _ROOM_FOR_WEIGHTS * config.cache.memory_utilization * device_bytes(own), f"{heads} KV heads"
+    room = _ROOM_FOR_WEIGHTS * config.cache.memory_utilization * device_bytes(own)
     while tensor < len(devices) and _weight_bytes(config, spec, devices, tensor) > room:
         tensor, found = min(size for size in sizes if size > tensor), f"{heads} KV heads, but the weights need more devices"
     return Split(tensor=tensor), reason or found

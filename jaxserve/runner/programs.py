@@ -106,8 +106,10 @@ class Programs:
         self._mesh, self._split = mesh_of(target.sharding), split_of(target.sharding)
         model = Decoder(spec, self.groups, dtype=dtype, platform=target.platform, split=self._split)
         self._graphdef, self.param_shapes = split_model(model)
+        # A table is read row by row; left to itself a TPU may store it column by column, and turn it round in every step.
+        by_rows = {"embed.weight": (0, 1)} if target.platform == "tpu" else {}
         self.placements = {
-            path: Placement(target=target.sharding, cuts=cuts, stacked=path.startswith("groups."))
+            path: Placement(target=target.sharding, cuts=cuts, stacked=path.startswith("groups."), order=by_rows.get(path))
             for path, cuts in model_cuts(model).items()
         }
         self.whole_shapes = self.param_shapes
@@ -166,17 +168,16 @@ class Programs:
         """The step of a shape: (params, cache, state, packed words) -> (cache, state, StepOutputs)."""
         cache, sharding = self._cache_shapes(num_pages, of_all=True), self._target.sharding
         words = jax.ShapeDtypeStruct((self.layouts[shape].num_words,), jnp.int32)
-        params, param_shardings, step = self.param_shapes, sharding, self._make_step(shape)
+        placed, params, step = self.placements, self.param_shapes, self._make_step(shape)
         if self._mesh is not None:
-            placed = self.placements
             params = {path: jax.ShapeDtypeStruct(placed[path].shape(leaf.shape), leaf.dtype) for path, leaf in params.items()}
-            param_shardings = {path: placement.sharding for path, placement in placed.items()}
             whole, caches, specs = PartitionSpec(), self._cache_specs(), {path: placement.spec for path, placement in placed.items()}
             step = jax.shard_map(
                 step, mesh=self._mesh, in_specs=(specs, caches, whole, whole), out_specs=(caches, whole, whole), check_vma=False
             )  # every device samples, from the same logits and with the same numbers
         jitted = jax.jit(
-            step, donate_argnums=(1, 2), in_shardings=(param_shardings, self._formats(cache), sharding, sharding),
+            step, donate_argnums=(1, 2),
+            in_shardings=({path: placement.format for path, placement in placed.items()}, self._formats(cache), sharding, sharding),
             out_shardings=(self._formats(cache), sharding, sharding),
         )  # fmt: skip
         return jitted.lower(params, cache, self.state_shapes, words)

@@ -32,6 +32,7 @@ class PlacedParam:
         self._within = [(i, axis - num_leading) for i, axis in enumerate(axes) if axis >= num_leading]
         self._shares = placement.shares(local.shape)
         self._buffers: dict[Device, jax.Array] = {}
+        assert placement.order is None or int(np.prod(self._leading)) == 1, "a parameter that is put together part by part has no order"
 
     def put(self, part: Sequence[int], read: ReadPart) -> None:
         """Read a part, given by its place along the leading axes, and send every device its share."""
@@ -81,7 +82,7 @@ class PlacedParam:
     def _send(self, device: Device, place: tuple[int, ...], share: np.ndarray) -> None:
         num_parts = int(np.prod(self._leading))
         if num_parts == 1:
-            self._buffers[device] = jax.device_put(share.reshape(self._local.shape), device)
+            self._buffers[device] = jax.device_put(share.reshape(self._local.shape), self._placement.format_on(device))
             return
         if device not in self._buffers:
             self._buffers[device] = jnp.zeros(self._local.shape, self._local.dtype, device=device)

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -160,6 +161,20 @@ def test_lost_follower_is_named_to_whoever_waits() -> None:
             leader.tell(0, "decode_4", ())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
+def test_host_that_no_longer_answers_is_lost_within_ten_seconds() -> None:
+    with group(3) as (_, leader, followers):
+        for link in (*leader._links.values(), *(follower._link for follower in followers)):
+            idle_s, pause_s, probes, unsent_ms = (
+                link.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+            )
+            assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert idle_s + pause_s * probes < 10
+            assert 0 < unsent_ms < 10_000
+            assert link.gettimeout() is None, "the other process may take as long as it needs"
+
+
 def test_lost_leader_ends_its_followers() -> None:
     with group(2) as (_, leader, (follower,)):
         for link in leader._links.values():
@@ -213,3 +228,9 @@ def test_models_that_differ_only_in_their_weights_are_told_apart(tmp_path: pathl
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name] * np.float32(1.01)}, tmp_path / "model.safetensors")
     assert fingerprint(spec, tmp_path) != fingerprint(spec, model)
+
+
+def test_engine_is_refused_to_a_process_that_another_leads() -> None:
+    config = make_config({"model": str(tiny_model()), "coordinator": "localhost:1", "num_processes": 2, "process_id": 1})
+    with pytest.raises(ConfigError, match="only process 0 of those that serve together has an engine"):
+        load_engine(config, Metrics("tiny"), lambda _: None)

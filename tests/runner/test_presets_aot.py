@@ -106,7 +106,7 @@ CASES = (
     Case(preset="v6e-8", model="Llama-3.3-70B", mesh=(1, 1, 8), traffic=1.08),
     Case(preset="v6e-8", model="Mixtral-8x7B", mesh=(1, 1, 8), kinds=("decode",), traffic=1.0),
     Case(preset="v6e-8", model="Mixtral-8x7B", options=("--mesh", "expert=8"), mesh=(1, 8, 1), kinds=("decode",)),
-    Case(preset="v5p-4", model="Llama-3.3-70B", mesh=(1, 1, 4), traffic=1.19),
+    Case(preset="v5p-4", model="Llama-3.3-70B", mesh=(1, 1, 4), traffic=1.18),
     Case(preset="v5e-16", model="Llama-3.3-70B", mesh=(1, 1, 16), traffic=1.0),
     Case(preset="h100", model="Llama-3.1-8B"),
     Case(preset="h200", model="Llama-3.1-8B"),
@@ -191,7 +191,9 @@ def test_decode_step_moves_little_beside_its_weights(case: Case) -> None:
     (cache,) = jax.tree.leaves(programs.cache_shapes(planned(case.preset, case.model, case.options)[1].memory.num_pages))
     stacked = [leaf for path, leaf in programs.param_shapes.items() if path.startswith("groups.")]
     moved = layer_bytes(aot.text_of(executable), repeats=group.repeats, stacked={leaf.size for leaf in stacked}, cache=cache.size)
-    assert sum(moved.values()) * group.repeats / num_bytes(stacked) == pytest.approx(case.traffic, rel=0.03)
+    times = sum(moved.values()) * group.repeats / num_bytes(stacked)
+    print(f"{case.name}: {times:.3f} times the bytes of the weights")
+    assert times == pytest.approx(case.traffic, rel=0.03)
 
 
 @pytest.mark.aot

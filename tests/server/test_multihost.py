@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import signal
 import time
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from tests.engine.parallel_worker import CHEAP_TO_COMPILE
+from tests.engine.test_cluster import slurm_task
 from tests.server.process import COMPLETIONS, ServerProcess, free_port, long_request
 
 BODIES: list[dict[str, Any]] = [
@@ -24,26 +26,32 @@ BODIES: list[dict[str, Any]] = [
 GONE_WITHIN_S = 10.0
 
 
-def coordinator(count: int) -> tuple[str, ...]:
-    """Options that make so many processes one group."""
-    return ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count), "--mesh", f"tensor={count}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """How so many processes find each other: by options, or by what Slurm says to each task."""
 
+    count: int
+    by_slurm: bool = False
+    port: int = dataclasses.field(default_factory=free_port)
 
-def member(logs: pathlib.Path, process: int, *options: str) -> ServerProcess:
-    """One of several processes; each has a device of its own."""
-    return ServerProcess(logs, *options, "--process-id", str(process), env={"XLA_FLAGS": CHEAP_TO_COMPILE})
+    def member(self, logs: pathlib.Path, process: int, *more: str) -> ServerProcess:
+        """One of the processes; each has a device of its own."""
+        options, env = ["--mesh", f"tensor={self.count}", *more], {"XLA_FLAGS": CHEAP_TO_COMPILE}
+        if self.by_slurm:
+            env |= slurm_task(self.count, process) | {"JAX_COORDINATOR_PORT": str(self.port)}
+        else:
+            options += ["--coordinator", f"127.0.0.1:{self.port}", "--num-processes", str(self.count), "--process-id", str(process)]
+        return ServerProcess(logs, *options, env=env)
 
 
 @contextlib.contextmanager
-def together(logs: pathlib.Path, group: tuple[str, ...], *of_last: str, ready: bool = True) -> Iterator[list[ServerProcess]]:
+def together(logs: pathlib.Path, group: Group, *of_last: str, ready: bool = True) -> Iterator[list[ServerProcess]]:
     """Processes that serve as one, the leader first; killed at the end; logs are printed when the test fails.
 
     Args:
-      group: see coordinator.
       of_last: options that only the last one has.
     """
-    count = int(group[3])
-    processes = [member(logs, i, *group, *(of_last if i == count - 1 else ())) for i in range(count)]
+    processes = [group.member(logs, i, *(of_last if i == group.count - 1 else ())) for i in range(group.count)]
     try:
         if ready:
             processes[0].wait_until_ready()
@@ -58,13 +66,13 @@ def together(logs: pathlib.Path, group: tuple[str, ...], *of_last: str, ready: b
 
 
 @pytest.fixture(scope="module")
-def pair_options() -> tuple[str, ...]:
-    return coordinator(2)
+def pair_group() -> Group:
+    return Group(count=2, by_slurm=True)
 
 
 @pytest.fixture(scope="module")
-def pair(logs: pathlib.Path, pair_options: tuple[str, ...]) -> Iterator[list[ServerProcess]]:
-    with together(logs, pair_options) as processes:
+def pair(logs: pathlib.Path, pair_group: Group) -> Iterator[list[ServerProcess]]:
+    with together(logs, pair_group) as processes:
         yield processes
 
 
@@ -80,7 +88,7 @@ def test_tokens_are_those_of_one_process(server: ServerProcess, pair: list[Serve
 
 @pytest.mark.slow
 def test_tokens_are_those_of_one_process_when_four_serve(server: ServerProcess, logs: pathlib.Path) -> None:
-    with together(logs, coordinator(4)) as processes:
+    with together(logs, Group(count=4)) as processes:
         assert [answer(processes[0], body) for body in BODIES] == [answer(server, body) for body in BODIES]
         processes[0].process.send_signal(signal.SIGTERM)
         assert [process.wait_until_ended() for process in processes] == [0] * 4
@@ -88,9 +96,9 @@ def test_tokens_are_those_of_one_process_when_four_serve(server: ServerProcess, 
 
 @pytest.mark.slow
 def test_process_that_comes_late_is_refused_by_name_and_the_others_go_on(
-    server: ServerProcess, pair: list[ServerProcess], pair_options: tuple[str, ...], logs: pathlib.Path
+    server: ServerProcess, pair: list[ServerProcess], pair_group: Group, logs: pathlib.Path
 ) -> None:
-    late = member(logs, 1, *pair_options)
+    late = pair_group.member(logs, 1)
     try:
         assert late.wait_until_ended() == 1
     finally:
@@ -116,7 +124,7 @@ def test_killed_follower_ends_open_requests_and_the_leader(pair: list[ServerProc
 
 @pytest.mark.slow
 def test_follower_with_other_options_is_refused_by_name_and_so_is_the_start(logs: pathlib.Path) -> None:
-    with together(logs, coordinator(2), "--max-rows", "3", ready=False) as (leader, follower):
+    with together(logs, Group(count=2), "--max-rows", "3", ready=False) as (leader, follower):
         assert follower.wait_until_ended() == 1
         assert leader.wait_until_ended() == 1
         for process in (leader, follower):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from jaxserve.errors import ConfigError
@@ -15,6 +18,7 @@ from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, stored, with_leaves
 from jaxserve.models.params import Params
 from jaxserve.models.spec import AttentionSpec, LayerGroup, LayerSpec, NormSpec
+from jaxserve.sharding import Placement
 from jaxserve.weights.load import load_params
 from jaxserve.weights.safetensors import open_safetensors
 
@@ -49,11 +53,16 @@ LAYER = LayerSpec(
 GROUPS = (LayerGroup(first=0, repeats=2, pattern=(LAYER,)),)
 
 
-def load(directory: pathlib.Path, tensors: dict[str, np.ndarray], **shapes: tuple[int, ...]) -> Params:
+def load(
+    directory: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    placements: Mapping[str, Placement] | None = None,
+    **shapes: tuple[int, ...],
+) -> Params:
     save_file(tensors, directory / "model.safetensors")
     wanted = {path.replace("__", "."): jax.ShapeDtypeStruct(shape, jnp.dtype("float32")) for path, shape in shapes.items()}
     with open_safetensors(directory) as checkpoint:
-        return load_params(checkpoint, wanted, GROUPS, FAMILY, progress=lambda done, total: None)
+        return load_params(checkpoint, wanted, GROUPS, FAMILY, progress=lambda done, total: None, placements=placements)
 
 
 def random(*shape: int) -> np.ndarray:
@@ -90,6 +99,17 @@ def test_first_way_whose_tensors_are_there_is_taken_with_or_without_the_prefix(s
 def test_tied_head_and_masks_may_be_stored_and_are_not_read(tmp_path: pathlib.Path) -> None:
     tensors = {"x.embed.weight": random(9, D), "lm_head.weight": random(9, D), "x.0.attn.mask": random(1)}
     assert set(load(tmp_path, tensors, embed__weight=(9, D))) == {"embed.weight"}
+
+
+@pytest.mark.parametrize("order", [None, (0, 1), (1, 0)])
+def test_parameter_lies_in_memory_as_the_step_reads_it(order: tuple[int, int] | None, tmp_path: pathlib.Path) -> None:
+    tensors = {"x.embed.weight": random(6, D)}
+    placement = Placement(target=SingleDeviceSharding(jax.devices()[0]), cuts=(), stacked=False, order=order)
+    (found,) = load(tmp_path, tensors, {"embed.weight": placement}, embed__weight=(6, D)).values()
+    assert cast(Any, found).format.layout.major_to_minor == (order or (0, 1))
+    np.testing.assert_array_equal(found, tensors["x.embed.weight"])
+    step = jax.jit(lambda embed: embed[2], in_shardings=placement.format).lower(found).compile()
+    np.testing.assert_array_equal(step(found), tensors["x.embed.weight"][2])
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path: pathlib.Path) -> None:
