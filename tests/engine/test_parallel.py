@@ -44,9 +44,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 MESHES = {
     "fewer KV heads than devices": ("tensor=2", "tensor=4", "tensor=8", "data=2,tensor=2"),
     "three KV heads, tied, biases": ("tensor=2",),
-    "alibi": ("tensor=8",),
-    "experts": ("expert=2,tensor=4",),
-    "latent attention": ("tensor=8",),
+    "alibi": ("tensor=2", "tensor=4", "tensor=8"),
+    "experts": ("expert=2", "expert=2,tensor=2", "expert=2,tensor=4"),
+    "latent attention": ("tensor=2", "tensor=4", "tensor=8"),
 }
 # Taken in every run, to the same end; but two copies have room for all requests.
 WAYS = ("preempted", "chunked", "prefix cache", "abort")
