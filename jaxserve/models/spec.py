@@ -93,7 +93,15 @@ class LongRopeScaling:
         return self.max_len > self.original_len
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NtkScaling:
+    """The frequency of pair m, from 1 on, of n pairs divided by factor ** ((m / n) ** exponent): the lowest by all of it."""
+
+    factor: float
+    exponent: float = 1.0
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling | NtkScaling
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,12 +42,12 @@ def distilbert_spec(config: HfConfig) -> ModelSpec:
         width=config.require("hidden_dim", int), activation=parts.read_activation(config, "activation", "gelu"), bias=True, gated=False
     )
     norm = NormSpec(eps=1e-12, kind="layer", bias=True)
-    layer = LayerSpec(attention=_attention(width, num_heads), mlp=mlp, norm=norm, placement="post_sum")
+    layer = LayerSpec(attention=encoder_attention(width, num_heads), mlp=mlp, norm=norm, placement="post_sum")
     max_len = config.get("max_position_embeddings", 512)
     return ModelSpec(
         width=width, vocab_size=config.require("vocab_size", int), max_len=max_len, layers=(layer,) * config.require("n_layers", int),
         final_norm=None, tied=True, embed_norm=norm, positions=LearnedPositions(num_rows=max_len),
-        pool=_pool(config, width, activation="relu"),
+        pool=encoder_pool(config, width, activation="relu"),
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def modernbert_spec(config: HfConfig) -> ModelSpec:
         config.get(key)
     width = config.require("hidden_size", int)
     bias, norm = config.get("attention_bias", False), _modernbert_norm(config)
-    attention = dataclasses.replace(_attention(width, config.require("num_attention_heads", int)), qkv_bias=bias, out_bias=bias)
+    attention = dataclasses.replace(encoder_attention(width, config.require("num_attention_heads", int)), qkv_bias=bias, out_bias=bias)
     mlp = parts.read_mlp(config, activation="hidden_activation", default="gelu")
     every = config.get("global_attn_every_n_layers", 3)
     kinds = parts.read_layer_types(config, lambda i: i % every != 0)
@@ -122,18 +122,19 @@ def _encoder(config: HfConfig, positions: LearnedPositions, *, activation: str) 
         width=config.require("intermediate_size", int), activation=parts.read_activation(config, default="gelu"), bias=True, gated=False
     )
     norm = NormSpec(eps=config.get("layer_norm_eps", 1e-12), kind="layer", bias=True)
-    attention = _attention(width, config.require("num_attention_heads", int))
+    attention = encoder_attention(width, config.require("num_attention_heads", int))
     layer = LayerSpec(attention=attention, mlp=mlp, norm=norm, placement="post_sum")
     for key in ("tie_word_embeddings", "attention_probs_dropout_prob", "num_labels"):
         config.get(key)
     return ModelSpec(
         width=width, vocab_size=config.require("vocab_size", int), max_len=positions.num_rows - positions.offset,
         layers=(layer,) * parts.num_layers(config), final_norm=None, tied=True, embed_norm=norm, positions=positions,
-        token_types=config.get("type_vocab_size", 2), pool=_pool(config, width, activation=activation),
+        token_types=config.get("type_vocab_size", 2), pool=encoder_pool(config, width, activation=activation),
     )  # fmt: skip
 
 
-def _attention(width: int, num_heads: int) -> AttentionSpec:
+def encoder_attention(width: int, num_heads: int) -> AttentionSpec:
+    """Attention as BERT has it: every token sees all of its text; biases everywhere."""
     head_size = width // num_heads
     return AttentionSpec(
         num_heads=num_heads, num_kv_heads=num_heads, head_size=head_size, sm_scale=head_size**-0.5, rope=None, qkv_bias=True, out_bias=True,
@@ -141,7 +142,7 @@ def _attention(width: int, num_heads: int) -> AttentionSpec:
     )  # fmt: skip
 
 
-def _pool(config: HfConfig, width: int, *, activation: str) -> PoolSpec:
+def encoder_pool(config: HfConfig, width: int, *, activation: str) -> PoolSpec:
     """The first token's state, and with a classifier a layer between it and the labels."""
     if not config.architecture.endswith("ForSequenceClassification"):
         return PoolSpec(method="cls")
@@ -237,4 +238,4 @@ MODERNBERT = Family(
     ),
     optional_prefix="model.",
 )
-ENCODERS = (BERT, ROBERTA, DISTILBERT, MODERNBERT)
+BERTS = (BERT, ROBERTA, DISTILBERT, MODERNBERT)
