@@ -56,7 +56,7 @@ MODEL_TYPES: Mapping[str, str] = types.MappingProxyType(
         "olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "cohere": "CohereForCausalLM",
         "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM",
         "bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel", "distilbert": "DistilBertModel",
-        "modernbert": "ModernBertModel", "new": "NewModel", "gte": "GteModel", "nomic_bert": "NomicBertModel",
+        "mpnet": "MPNetModel", "modernbert": "ModernBertModel", "new": "NewModel", "gte": "GteModel", "nomic_bert": "NomicBertModel",
         "mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM",
         "deepseek_v3": "DeepseekV3ForCausalLM", "glm4_moe": "Glm4MoeForCausalLM", "granitemoe": "GraniteMoeForCausalLM",

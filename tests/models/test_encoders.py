@@ -16,8 +16,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.attention import distance_buckets
 from jaxserve.models.batch import Batch
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.families import find_family
@@ -25,7 +27,7 @@ from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.kv_cache import cache_shapes
 from jaxserve.models.params import merge_model, split_model
 from jaxserve.models.pooling import finish_pool, pool_step, pooled_tokens
-from jaxserve.models.spec import ModelSpec, NtkScaling, fold_layers
+from jaxserve.models.spec import DistanceBuckets, ModelSpec, NtkScaling, fold_layers
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
 from tests.models.paged import COMPILER_OPTIONS
@@ -83,6 +85,7 @@ ENCODERS = {
     "roberta": Encoder("RobertaModel", "RobertaConfig", ROBERTA),
     "xlm-roberta": Encoder("XLMRobertaModel", "XLMRobertaConfig", ROBERTA),
     "distilbert": Encoder("DistilBertModel", "DistilBertConfig", DISTIL),
+    "mpnet": Encoder("MPNetModel", "MPNetConfig", SIZES | {"relative_attention_num_buckets": 32, "max_position_embeddings": 66}),
     "gte": Encoder(
         "GteModel", "GteConfig", SIZES | {"type_vocab_size": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     ),
@@ -200,6 +203,12 @@ def test_names_of_the_oldest_checkpoints_are_known(tmp_path: pathlib.Path) -> No
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_buckets_of_distances_are_those_of_mpnet() -> None:
+    distances = torch.arange(-128, 129)
+    expected = MPNetEncoder.relative_position_bucket(distances, num_buckets=32, max_distance=128).numpy()
+    np.testing.assert_array_equal(distance_buckets(DistanceBuckets(count=32, max_distance=128)), expected)
+
+
 # As the makers publish them: the same under other keys.
 PUBLISHED = {
     "gte": {
@@ -264,6 +273,16 @@ def test_option_of_a_published_encoder_that_is_not_there_is_refused(name: str, k
     config = HfConfig(PUBLISHED[name] | {key: value})
     with pytest.raises(ConfigError, match=f"{key}={value!r}"):
         find_family(config).spec(config)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "mpnet", "modernbert", "gte", "nomic"])
+def test_checkpoint_as_it_was_pretrained_is_an_encoder(name: str) -> None:
+    """Many models of sentence-transformers still call themselves so; what guesses masked words is left out."""
+    plain = ENCODERS[name]
+    masked = dataclasses.replace(plain, model=plain.model.replace("Model", "ForMaskedLM"))
+    spec, _, params = load(masked.path)
+    assert spec == load(plain.path)[0]
+    np.testing.assert_array_equal(params["embed.weight"], masked.reference.get_input_embeddings().weight.detach())
 
 
 @pytest.mark.parametrize("options", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])

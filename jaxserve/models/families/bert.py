@@ -11,6 +11,7 @@ from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, Names, Stored, stored, with_leaves
 from jaxserve.models.spec import (
     AttentionSpec,
+    DistanceBuckets,
     LayerSpec,
     LearnedPositions,
     ModelSpec,
@@ -30,6 +31,24 @@ def roberta_spec(config: HfConfig) -> ModelSpec:
     """BERT, whose positions begin behind the one of the padding token."""
     offset = config.get("pad_token_id", 1) + 1
     return _encoder(config, LearnedPositions(num_rows=config.get("max_position_embeddings", 512), offset=offset), activation="tanh")
+
+
+def mpnet_spec(config: HfConfig) -> ModelSpec:
+    """RoBERTa without token types, whose heads have a bias for each bucket of distances, the same in all layers."""
+    count = config.get("relative_attention_num_buckets", 32)
+    if count != 32:  # which transformers' code does not read
+        raise ConfigError(f"relative_attention_num_buckets={count} is not supported; there is 32")
+    spec, offset = bert_spec(config), 2  # whatever pad_token_id says
+    attention = dataclasses.replace(
+        encoder_attention(spec.width, spec.layers[0].attention.num_kv_heads),
+        distance_buckets=DistanceBuckets(count=count, max_distance=128),
+    )
+    assert spec.positions is not None, "BERT has positions"
+    positions = dataclasses.replace(spec.positions, offset=offset)
+    return dataclasses.replace(
+        spec, layers=tuple(dataclasses.replace(layer, attention=attention) for layer in spec.layers), positions=positions, token_types=0,
+        max_len=positions.num_rows - offset,
+    )  # fmt: skip
 
 
 def distilbert_spec(config: HfConfig) -> ModelSpec:
@@ -195,7 +214,21 @@ _DISTIL_LAYER = {
     "mlp.up": f"{_T}ffn.lin1",
     "mlp.down": f"{_T}ffn.lin2",
 }
-_NOT_LEARNT = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
+# What guesses masked words and next sentences in a checkpoint as it was pre-trained.
+PRETRAINED = (
+    "cls.predictions.bias",
+    "lm_head.bias",
+    *(
+        f"{at}.{leaf}"
+        for at in (
+            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.transform.layer_norm",
+            "cls.predictions.decoder", "cls.seq_relationship", "lm_head.dense", "lm_head.layer_norm", "lm_head.norm", "lm_head.decoder",
+            "vocab_transform", "vocab_layer_norm", "vocab_projector", "head.dense", "head.norm", "decoder",
+        )
+        for leaf in ("weight", "bias", "gamma", "beta")
+    ),
+)  # fmt: skip
+_NOT_LEARNT = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias", *PRETRAINED)
 
 _BERT_LAYER, _BERT_MODEL = _names("bert.", _LAYER, _MODEL, classifier=("bert.pooler.dense", "classifier"))
 BERT = Family(
@@ -211,6 +244,18 @@ _DISTIL_NAMES, _DISTIL_MODEL = _names("distilbert.", _DISTIL_LAYER, _MODEL, clas
 DISTILBERT = Family(
     architectures=("DistilBertModel", "DistilBertForSequenceClassification"),
     spec=distilbert_spec, layer_names=_DISTIL_NAMES, model_names=_DISTIL_MODEL, optional_prefix="distilbert.", ignored=_NOT_LEARNT,
+)  # fmt: skip
+_MPNET_LAYER = _LAYER | {
+    "attention_norm": f"{_L}attention.LayerNorm",
+    "attention.qkv": " ".join(f"{_L}attention.attn.{part}" for part in "qkv"),
+    "attention.out": f"{_L}attention.attn.o",
+}
+_MPNET_NAMES, _MPNET_MODEL = _names("mpnet.", _MPNET_LAYER, _MODEL, classifier=("classifier.dense", "classifier.out_proj"))
+MPNET = Family(
+    architectures=("MPNetModel", "MPNetForSequenceClassification"),
+    spec=mpnet_spec,
+    layer_names={**_MPNET_NAMES, "attention.distance_bias": stored("mpnet.encoder.relative_attention_bias.weight")},
+    model_names=_MPNET_MODEL, optional_prefix="mpnet.", ignored=_NOT_LEARNT,
 )  # fmt: skip
 _M = "model.layers.{i}."
 MODERNBERT = Family(
@@ -237,5 +282,6 @@ MODERNBERT = Family(
         }
     ),
     optional_prefix="model.",
+    ignored=PRETRAINED,
 )
-BERTS = (BERT, ROBERTA, DISTILBERT, MODERNBERT)
+BERTS = (BERT, ROBERTA, DISTILBERT, MPNET, MODERNBERT)

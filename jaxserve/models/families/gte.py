@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.families import parts
-from jaxserve.models.families.bert import encoder_attention, encoder_pool
+from jaxserve.models.families.bert import PRETRAINED, encoder_attention, encoder_pool
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.mlp_spec import Activation, MlpSpec
 from jaxserve.models.names import Family, Names, Stored, stored, with_leaves
@@ -149,8 +150,10 @@ def _model_names(embed_norm: str, *prefixes: str) -> Names:
     return with_leaves(tables | {"pool.0": _either({"": "pooler.dense"}, prefixes)[""], "pool.1": stored("classifier")})
 
 
+_swapped = functools.partial(stored, layout="halves_swapped")
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 _SPLIT_QKV = stored(*(f"new.{_E}attention.{part}_proj" for part in "qkv"))
-_GTE = _either(_PUBLISHED_GTE, ("new.",))
+_GTE = _either(_PUBLISHED_GTE, ("new.", "gte."))
 GTE = Family(
     architectures=("NewModel", "NewForSequenceClassification", "GteModel", "GteForSequenceClassification"),
     spec=gte_spec,
@@ -158,13 +161,13 @@ GTE = Family(
         {
             **_GTE,
             "attention.qkv": _GTE["attention.qkv"] + _SPLIT_QKV,
-            "mlp.gate_up": stored(f"new.{_E}mlp.up_gate_proj", layout="halves_swapped"),
+            "mlp.gate_up": _swapped(f"new.{_E}mlp.up_gate_proj") + _swapped(f"gte.{_E}mlp.up_gate_proj"),
         },
         "gte.",
     ),
     model_names=_model_names("embeddings.LayerNorm", "new.", "gte."),
     optional_prefix="new.",
-    ignored=("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"),  # beside GTE multilingual's model
+    ignored=(*_POOLER, *PRETRAINED, "classifier.weight", "classifier.bias"),  # GTE multilingual has one for other vectors
 )
 NOMIC_BERT = Family(
     architectures=("NomicBertModel", "NomicBertForSequenceClassification"),
@@ -172,5 +175,5 @@ NOMIC_BERT = Family(
     layer_names=_layer_names(_either(_PUBLISHED_NOMIC, ("nomic_bert.",)), "nomic_bert."),
     model_names=_model_names("emb_ln", "nomic_bert."),
     optional_prefix="nomic_bert.",
-    ignored=("pooler.dense.weight", "pooler.dense.bias"),
+    ignored=(*_POOLER, *PRETRAINED),
 )
