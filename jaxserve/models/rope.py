@@ -55,7 +55,8 @@ def _yarn(frequencies: np.ndarray, theta: float, scaling: YarnScaling) -> np.nda
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     wavelength = 2 * math.pi / frequencies
-    ramp = (scaling.original_len / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    width = scaling.high_freq_factor - scaling.low_freq_factor or 1e-9  # Llama 4 has a step for a ramp
+    ramp = (scaling.original_len / wavelength - scaling.low_freq_factor) / width
     smooth = np.clip(ramp, 0.0, 1.0)  # 0 below the low frequency, 1 above the high one
     return frequencies * (smooth + (1 - smooth) / scaling.factor)
 
