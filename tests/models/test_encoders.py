@@ -110,27 +110,27 @@ CLASSIFIERS = {
 LENGTHS = (1, 19, 6)  # of texts that are computed together; the second text of each pair begins half way
 
 
-def load(path: pathlib.Path) -> tuple[ModelSpec, Any, dict[str, jax.Array]]:
-    """A model and its parameters."""
+def load(path: pathlib.Path, platform: str | None = None) -> tuple[ModelSpec, Any, dict[str, jax.Array]]:
+    """A model, on the kernels of a platform (default: the one at hand), and its parameters."""
     config = read_config(path)
     family = find_family(config)
     spec = family.spec(config)
     assert not config.unread(), f"{config.unread()=}"
     groups = fold_layers(spec.layers, scan=True)
-    graphdef, shapes = split_model(Decoder(spec, groups, dtype=jnp.dtype(jnp.float32)))
+    graphdef, shapes = split_model(Decoder(spec, groups, dtype=jnp.dtype(jnp.float32), platform=platform))
     with open_checkpoint(path) as checkpoint:
         return spec, graphdef, load_params(checkpoint, shapes, groups, family, progress=lambda done, total: None)
 
 
-def run(path: pathlib.Path, texts: list[np.ndarray], *, pooled: bool) -> list[np.ndarray]:
+def run(path: pathlib.Path, texts: list[np.ndarray], *, pooled: bool, platform: str | None = None) -> list[np.ndarray]:
     """The hidden states of texts, or their vectors behind pooling and its layers, through one step over scattered pages."""
-    spec, graphdef, params = load(path)
+    spec, graphdef, params = load(path, platform)
     assert spec.pool is not None
     method, groups = spec.pool.method, fold_layers(spec.layers, scan=True)
     T, pages = sum(map(len, texts)) + 5, [-(-len(text) // PAGE_SIZE) for text in texts]
     cache = jax.tree.map(
         lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
-        cache_shapes(groups, num_pages=sum(pages) + 1, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
+        cache_shapes(groups, num_pages=sum(pages) + 1, page_size=PAGE_SIZE, dtype=jnp.dtype("float32"), platform=platform),
     )
     ids = np.random.default_rng(3).permutation(np.arange(1, sum(pages) + 1))
     tokens, positions, types = np.zeros((3, T), np.int32)
