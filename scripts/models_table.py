@@ -52,7 +52,9 @@ TITLES: Mapping[str, str] = {
     "GraniteMoeForCausalLM": "Granite MoE", "PhimoeForCausalLM": "Phi 3.5 MoE", "DbrxForCausalLM": "DBRX",
     "Llama4ForCausalLM": "Llama 4 (text)", "BertModel": "BERT (MiniLM, BGE, GTE, E5)",
     "RobertaModel": "RoBERTa, XLM-RoBERTa (BGE M3 and rerankers, multilingual E5)", "DistilBertModel": "DistilBERT",
-    "ModernBertModel": "ModernBERT (GTE, reranker)",
+    "MPNetModel": "MPNet (all-mpnet-base-v2)", "ModernBertModel": "ModernBERT (GTE, reranker)",
+    "NewModel": "GTE 1.5 and multilingual, Arctic Embed M 2.0",
+    "NomicBertModel": "Nomic Embed Text 1 and 1.5",
 }  # fmt: skip
 ELSEWHERE: Mapping[str, str] = {
     "MptForCausalLM": "llm-foundry's options (test_mpt)", "InternLM2ForCausalLM": "fused by KV head (test_families)",
@@ -61,6 +63,9 @@ ELSEWHERE: Mapping[str, str] = {
     "RobertaModel": "offset positions, classifiers (test_encoders)", "DistilBertModel": "classifiers (test_encoders)",
     "ModernBertModel": "windows, two ropes, biases, classifiers (test_encoders)",
     "Gemma3ForCausalLM": "whole texts (test_encoders)",
+    "MPNetModel": "bias by distance (test_encoders)",
+    "NewModel": "rotary positions, gated MLPs, both ways of naming (test_encoders)",
+    "NomicBertModel": "rotary positions, no biases, both ways of naming (test_encoders)",
 }  # fmt: skip
 
 

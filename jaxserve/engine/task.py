@@ -12,7 +12,7 @@ from jaxserve.models.families.convert import Convert, default_convert
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.names import Family
 from jaxserve.pooling import Pooling
-from jaxserve.weights.sentence_transformers import with_pooling
+from jaxserve.weights.sentence_transformers import makes_vectors, with_pooling
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def choose_family(config: EngineConfig, hf_config: HfConfig, path: pathlib.Path)
             raise ConfigError(f"--runner=generate: {hf_config.architecture} does not write text; leave --runner out")
         if asked in ("embed", "classify"):
             raise ConfigError(f"--runner=generate and --convert={asked} contradict each other")
-    convert = _convert(runner, asked, natural, has_modules=(path / "modules.json").is_file())
+    convert = _convert(runner, asked, natural, has_modules=makes_vectors(path))
     if convert == "none" and not is_encoder:
         family = find_family(hf_config, "none")
         if not family.spec(hf_config).is_causal:

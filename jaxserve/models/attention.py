@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxserve.models.batch import Batch, cut_rows
 from jaxserve.models.linear import Linear, cut_param
 from jaxserve.models.norm import Norm
 from jaxserve.models.rope import Angles, apply_rope
-from jaxserve.models.spec import AttentionSpec, QkNormSpec
+from jaxserve.models.spec import AttentionSpec, DistanceBuckets, QkNormSpec
 from jaxserve.sharding import WHOLE, Cut, Split
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
@@ -44,6 +47,9 @@ class Attention(nnx.Module):
             self.q_norm = HeadNorm(spec.qk_norm, heads.num_queries, H, repeats=repeats, dtype=dtype, cut=q_cut)
             self.k_norm = HeadNorm(spec.qk_norm, heads.num_keys, H, repeats=repeats, dtype=dtype, cut=k_cut)
         self.sinks = cut_param((repeats, heads.num_queries), dtype, heads.cut(0, ("queries", 1, 0))) if spec.sinks else None
+        num_buckets = 0 if spec.distance_buckets is None else spec.distance_buckets.count
+        bias_shape, bias_cut = (repeats, num_buckets, heads.num_queries), heads.cut(1, ("queries", 1, 0))
+        self.distance_bias = cut_param(bias_shape, dtype, bias_cut) if num_buckets else None
         self.out = Linear(N * H, width, bias=spec.out_bias, repeats=repeats, dtype=dtype, cut=heads.cut(1, ("queries", H, 0)))
 
     def __call__(
@@ -74,7 +80,28 @@ class Attention(nnx.Module):
             sm_scale=spec.sm_scale, causal=spec.causal, window=spec.window, softcap=spec.softcap,
             alibi_slopes=None if spec.alibi_slopes is None else self.heads.of_queries(spec.alibi_slopes),
             sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
-            one_token_rows=batch.one_token_rows, platform=self.platform,
+            distance_bias=self._bias_by_distance(),
+            one_token_rows=batch.one_token_rows, implementation=spec.implementation, platform=self.platform,
         )  # fmt: skip
         out = out.reshape(T, N * H)
         return self.out(out if wanted is None else out[wanted]), pages
+
+    def _bias_by_distance(self) -> jax.Array | None:
+        """f32[N, 2 * max_distance + 1], if there is one."""
+        if self.distance_bias is None or self.spec.distance_buckets is None:
+            return None
+        return self.distance_bias[...].astype(jnp.float32)[distance_buckets(self.spec.distance_buckets)].T
+
+
+def distance_buckets(spec: DistanceBuckets) -> np.ndarray:
+    """The bucket of each distance, key position minus query position, from -max_distance to max_distance.
+
+    Source: Raffel et al. 2020 (T5), section 2.1, as its code has it: MPNet's is the same but for the sign.
+    """
+    distance = np.arange(-spec.max_distance, spec.max_distance + 1)
+    half, far = spec.count // 2, np.abs(distance)
+    exact = half // 2
+    # float32 and in this order: at powers of two the logarithm decides by its last bit.
+    grown = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(spec.max_distance / exact))
+    bucket = np.where(far < exact, far, np.minimum(exact + (grown * np.float32(half - exact)).astype(np.int32), half - 1))
+    return bucket + half * (distance > 0)

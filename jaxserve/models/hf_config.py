@@ -56,7 +56,7 @@ MODEL_TYPES: Mapping[str, str] = types.MappingProxyType(
         "olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "cohere": "CohereForCausalLM",
         "cohere2": "Cohere2ForCausalLM", "stablelm": "StableLmForCausalLM", "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM",
         "bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel", "distilbert": "DistilBertModel",
-        "modernbert": "ModernBertModel",
+        "mpnet": "MPNetModel", "modernbert": "ModernBertModel", "new": "NewModel", "gte": "GteModel", "nomic_bert": "NomicBertModel",
         "mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM",
         "deepseek_v3": "DeepseekV3ForCausalLM", "glm4_moe": "Glm4MoeForCausalLM", "granitemoe": "GraniteMoeForCausalLM",
@@ -66,7 +66,7 @@ MODEL_TYPES: Mapping[str, str] = types.MappingProxyType(
 )  # fmt: skip
 _ROPE_NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
-    "beta_fast", "beta_slow", "partial_rotary_factor", "short_mscale", "long_mscale",
+    "beta_fast", "beta_slow", "partial_rotary_factor", "short_mscale", "long_mscale", "mixed_b",
 )  # fmt: skip
 
 

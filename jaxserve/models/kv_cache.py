@@ -30,7 +30,9 @@ def cache_shapes(
         if isinstance(attention, MlaSpec):  # every device has all of it
             return mla_attention.cache_shape(repeats, num_pages, page_size, attention.latent_size, attention.rope.dim)
         num_heads = split.heads(attention.num_heads, attention.num_kv_heads).num_keys * (split.count("heads") if of_all else 1)
-        return cache_shape(repeats, num_pages, page_size, num_heads, attention.head_size, platform=platform)
+        return cache_shape(
+            repeats, num_pages, page_size, num_heads, attention.head_size, implementation=attention.implementation, platform=platform
+        )
 
     return tuple(tuple(jax.ShapeDtypeStruct(shape(group.repeats, layer.attention), dtype) for layer in group.pattern) for group in groups)
 

@@ -50,7 +50,7 @@ class Mlp(nnx.Module):
             self.gate_up = Linear(width, 2 * spec.width, bias=spec.bias, repeats=repeats, dtype=dtype, cut=cut)
         else:
             self.up = Linear(width, spec.width, bias=spec.bias, repeats=repeats, dtype=dtype, cut=split.even("mlp", 0, spec.width))
-        self.down = Linear(spec.width, width, bias=spec.bias, repeats=repeats, dtype=dtype, cut=split.even("mlp", 1, spec.width))
+        self.down = Linear(spec.width, width, bias=spec.has_down_bias, repeats=repeats, dtype=dtype, cut=split.even("mlp", 1, spec.width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [T, D] to [T, D]."""

@@ -22,12 +22,19 @@ class MlpSpec:
 
     Args:
       activation: ClampedSwiglu takes gate and up together.
+      down_bias: whether the projection down has one, where that differs from `bias`.
     """
 
     width: int
     activation: Activation | ClampedSwiglu
     bias: bool = False
     gated: bool = True
+    down_bias: bool | None = None
+
+    @property
+    def has_down_bias(self) -> bool:
+        """Whether the projection down has a bias."""
+        return self.bias if self.down_bias is None else self.down_bias
 
     def numbers_a_token(self, model_width: int) -> int:
         """Temporaries of a token, about; those of the model's width are the layer's."""

@@ -58,7 +58,7 @@ class Experts(nnx.Module):
         self.down = _param((repeats, E, F, width), dtype, owned, columns)
         bias_pairs = split.even("expert_mlp", 1, spec.width, spec.width)
         self.gate_up_bias = _param((repeats, E, 2 * F), dtype, owned, bias_pairs) if spec.bias else None
-        self.down_bias = _param((repeats, E, width), dtype, owned) if spec.bias else None
+        self.down_bias = _param((repeats, E, width), dtype, owned) if spec.has_down_bias else None
 
     def __call__(self, x: jax.Array, layer: jax.Array, weights: jax.Array, chosen: jax.Array, *, weigh_inputs: bool) -> jax.Array:
         """The weighted sum [T, D] of what the chosen experts make of tokens [T, D].

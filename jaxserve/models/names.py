@@ -10,7 +10,7 @@ from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.spec import ModelSpec
 
 Layout = Literal[
-    "rows", "transposed", "by_kv_head", "stacked", "head_starts", "head_ends",
+    "rows", "transposed", "halves_swapped", "by_kv_head", "stacked", "head_starts", "head_ends",
     "expert", "expert_transposed", "expert_pairs", "expert_transposed_pairs",
 ]  # fmt: skip
 
@@ -21,9 +21,10 @@ class Stored:
 
     Args:
       names: {i} is the layer's number; {h} repeats the name for each head; {e} is the expert's number.
-      layout: of each tensor. "rows" as our parameters are; "transposed" [in, out], for each head if there is an axis of them; "by_kv_head"
-        the rows of fused queries, keys and values lie KV head after KV head, [its queries | its key | its value]; "stacked" is one row of
-        the parameter; "head_starts" and "head_ends" are the first and the last rows of each head, as many as the parameter has.
+      layout: of each tensor. "rows" as our parameters are; "transposed" [in, out], for each head if there is an axis of them;
+        "halves_swapped" the second half of the rows first; "by_kv_head" the rows of fused queries, keys and values lie KV head after KV
+        head, [its queries | its key | its value]; "stacked" is one row of the parameter; "head_starts" and "head_ends" are the first and
+        the last rows of each head, as many as the parameter has.
         Parameters of experts are read one expert at a time. A tensor whose name has no {e} holds those of all, one after the other along
         its first axis. "expert" is [out, in], which the parameter has the other way round; "expert_transposed" [in, out]; with "pairs",
         outputs 2j and 2j + 1 are the parameter's j and j + half.

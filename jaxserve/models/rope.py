@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
+from jaxserve.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, NtkScaling, RopeSpec, YarnScaling
 
 
 def rope_frequencies(spec: RopeSpec) -> np.ndarray:
@@ -17,7 +17,7 @@ def rope_frequencies(spec: RopeSpec) -> np.ndarray:
 
     Raises: ValueError if spec.dim is odd.
     Source: Su et al. 2021 (RoFormer), section 3.4; Llama 3.1's reference code for its scaling; Peng et al. 2023 (YaRN), section 3;
-      Ding et al. 2024 (LongRoPE).
+      Ding et al. 2024 (LongRoPE); kexue.fm/archives/9706 (fixed and mixed NTK).
     """
     if spec.dim % 2:
         raise ValueError(f"rotary dimension {spec.dim} is odd")
@@ -37,6 +37,8 @@ def rope_frequencies(spec: RopeSpec) -> np.ndarray:
             frequencies = 1.0 / (spec.theta * stretch ** (spec.dim / (spec.dim - 2))) ** pairs
         case LongRopeScaling(short=short, long=long, is_long=is_long):
             frequencies = frequencies / np.array(long if is_long else short)
+        case NtkScaling(factor=factor, exponent=exponent):
+            frequencies = frequencies / factor ** (np.arange(1, spec.dim // 2 + 1) * 2 / spec.dim) ** exponent
     return frequencies.astype(np.float32)
 
 
@@ -53,7 +55,8 @@ def _yarn(frequencies: np.ndarray, theta: float, scaling: YarnScaling) -> np.nda
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     wavelength = 2 * math.pi / frequencies
-    ramp = (scaling.original_len / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    width = scaling.high_freq_factor - scaling.low_freq_factor or 1e-9  # Llama 4 has a step for a ramp
+    ramp = (scaling.original_len / wavelength - scaling.low_freq_factor) / width
     smooth = np.clip(ramp, 0.0, 1.0)  # 0 below the low frequency, 1 above the high one
     return frequencies * (smooth + (1 - smooth) / scaling.factor)
 

@@ -93,7 +93,15 @@ class LongRopeScaling:
         return self.max_len > self.original_len
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NtkScaling:
+    """The frequency of pair m, from 1 on, of n pairs divided by factor ** ((m / n) ** exponent): the lowest by all of it."""
+
+    factor: float
+    exponent: float = 1.0
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling | NtkScaling
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +140,17 @@ class LogTemperature:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DistanceBuckets:
+    """Distances between a query and its keys in `count` buckets, half of them for keys that come after it.
+
+    A quarter of all are one distance each, from 0 on; the others grow by a factor up to max_distance, and the last holds all beyond.
+    """
+
+    count: int
+    max_distance: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """Attention with num_kv_heads shared by num_heads queries.
 
@@ -146,6 +165,7 @@ class AttentionSpec:
       softcap: scores become softcap * tanh(scores / softcap).
       alibi_slopes: one a head; the distance to a key times the slope is taken from its score.
       sinks: each head has a learned logit that joins the softmax and has no value.
+      distance_buckets: each head has a learned number for each bucket of distances, which is added to scores; no kernel has that.
     """
 
     num_heads: int
@@ -164,7 +184,13 @@ class AttentionSpec:
     softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
     sinks: bool = False
+    distance_buckets: DistanceBuckets | None = None
     causal: bool = True
+
+    @property
+    def implementation(self) -> Literal["xla"] | None:
+        """Which one must compute it; None is the platform's kernel."""
+        return None if self.distance_buckets is None else "xla"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,13 @@
-"""The tokenizer inside a GGUF file: byte-level BPE ("gpt2") and SentencePiece ("llama") vocabularies."""
+"""The tokenizer inside a GGUF file: byte-level BPE ("gpt2"), SentencePiece ("llama") and WordPiece ("bert") vocabularies."""
 
 from __future__ import annotations
 
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxserve.errors import ConfigError
 from jaxserve.text.gguf_metadata import read_gguf_metadata
@@ -18,6 +19,15 @@ _ROLES = {
     "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls",
     "mask_token": "mask",
 }  # fmt: skip
+
+# What llama.cpp takes for them where a file says nothing.
+_DEFAULT_IDS: Mapping[str, Mapping[str, int]] = types.MappingProxyType(
+    {
+        "llama": {"bos_token": 1, "eos_token": 2, "unk_token": 0},
+        "bert": {"cls_token": 101, "sep_token": 102, "unk_token": 100, "pad_token": 0, "mask_token": 103},
+    }
+)
+_MAX_WORD = 100  # characters of a word that is not unknown, in every published BERT
 
 
 def read_gguf_tokenizer(path: pathlib.Path) -> Vocabulary:
@@ -44,12 +54,14 @@ def _read(metadata: Mapping[str, Any]) -> Vocabulary:
         # GGUF writes user-defined tokens with plain spaces or with SentencePiece's mark; text has plain spaces.
         texts = [text.replace("▁", " ") if kinds[token] == USER_DEFINED else text for token, text in enumerate(texts)]
         backend, adds_bos = _sentencepiece(metadata, texts, kinds), True
+    elif kind == "bert":
+        return _wordpiece(metadata, texts, kinds)
     else:
         raise ConfigError(
-            f"tokenizer.ggml.model={kind!r} is not known, 'gpt2' and 'llama' are; "
+            f"tokenizer.ggml.model={kind!r} is not known, 'gpt2', 'llama' and 'bert' are; "
             "pass --tokenizer with a directory that holds tokenizer.json"
         )
-    ids = _special_ids(metadata, len(texts), sentencepiece=kind == "llama")
+    ids = _special_ids(metadata, len(texts), _DEFAULT_IDS.get(kind, {}))
     # Phi-3 is trained with the white space after its marks swallowed; GGUF has no field for it.
     rstrip = metadata.get("general.architecture") == "phi3" and kind == "llama"
     marks = _turn_marks(texts, kinds)
@@ -107,8 +119,33 @@ def _sentencepiece(metadata: Mapping[str, Any], texts: list[str], kinds: list[in
     return build_sentencepiece(SentencePiece(pieces=texts, scores=scores, kinds=kinds, prefix=prefix))
 
 
-def _special_ids(metadata: Mapping[str, Any], num_tokens: int, *, sentencepiece: bool) -> dict[str, int]:
-    ids = {"bos_token": 1, "eos_token": 2, "unk_token": 0} if sentencepiece else {}
+def _wordpiece(metadata: Mapping[str, Any], texts: list[str], kinds: list[int]) -> Vocabulary:
+    """BERT's words in pieces, in lower case and without accents, as llama.cpp has it of all of them.
+
+    A file marks tokens that begin a word, as SentencePiece does, where vocab.txt marks those that go on.
+    """
+    ids = _special_ids(metadata, len(texts), _DEFAULT_IDS["bert"])
+    begin, end, unknown = (ids.get(role) for role in ("cls_token", "sep_token", "unk_token"))
+    if begin is None or end is None or unknown is None:
+        raise ConfigError("the WordPiece vocabulary lacks its tokens for the beginning, for the end, or for unknown words")
+    marked = {token for token, text in enumerate(texts) if text.startswith("[") and text.endswith("]")} | set(ids.values())
+    words = [text if token in marked else text[1:] if text.startswith("▁") else f"##{text}" for token, text in enumerate(texts)]
+    backend = Tokenizer(
+        models.WordPiece({text: token for token, text in enumerate(words)}, unk_token=words[unknown], max_input_chars_per_word=_MAX_WORD)
+    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing((words[end], end), (words[begin], begin))
+    add_marked_tokens(backend, words, kinds, special_ids=set(ids.values()))
+    return Vocabulary(
+        backend=backend, special_tokens={role: words[token] for role, token in ids.items()}, eos_ids=frozenset(), bos_id=None,
+        prefix_ids=(begin,), suffix_ids=(end,),
+    )  # fmt: skip
+
+
+def _special_ids(metadata: Mapping[str, Any], num_tokens: int, defaults: Mapping[str, int]) -> dict[str, int]:
+    ids = dict(defaults)
     for role, name in _ROLES.items():
         given = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if given is not None:

@@ -29,7 +29,7 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     if path.is_file() and path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.is_file() and path.suffix == ".bin":
-        return open_torch(path)
+        return text_part(open_torch(path))
     if path.is_dir():
         if (path / INDEX_NAME).exists() or any(path.glob("*.safetensors")):
             return _open_safetensors(path)

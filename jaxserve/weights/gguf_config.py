@@ -14,13 +14,16 @@ import numpy as np
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.rope import rope_frequencies
+from jaxserve.models.spec import Llama3Scaling, RopeSpec
 from jaxserve.weights.gguf_moe_families import GGUF_FAMILIES
 from jaxserve.weights.gguf_names import EMBEDDING, LONG_FACTORS, ROPE_FREQS, SHORT_FACTORS
 from jaxserve.weights.gguf_reader import GgufReader
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)", re.ASCII)
-# The original Llama 3.1 scaling, as all published models of it have it; the file keeps only its effect.
+# The scalings of Llama 3.1 and of Llama 4, as all published models have them; the file keeps only their effect.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA4 = _LLAMA3 | {"high_freq_factor": 1.0}
 ROPE_TENSORS = (ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS)
 """Tensors that are no parameters, but say by what rotary frequencies are divided."""
 
@@ -109,6 +112,7 @@ def gguf_config(
         "mlp_bias": any(re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)\.bias", name) for name in shapes),
     }
     values = family.values(reader, values)
+    reader.count("pooling_type", 0)  # read by those who pool
     reader.refuse_unread(source)
     return HfConfig(values | tokens, generation=tokens, source=source)
 
@@ -155,16 +159,18 @@ def _rope_parameters(reader: GgufReader, rotary: int, tensors: Mapping[str, np.n
 def _llama3_scaling(divisors: np.ndarray, theta: float, rotary: int) -> dict[str, Any]:
     """The scaling whose effect on each frequency is to divide it by its entry of `divisors`.
 
-    Raises: ConfigError if it is not Llama 3.1's.
+    Raises: ConfigError if it is neither Llama 3.1's nor Llama 4's.
     """
-    factor = round(float(divisors.max()), 4)
-    wavelength = 2 * np.pi * theta ** (np.arange(0, rotary, 2) / rotary)
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    if divisors.shape == wavelength.shape and factor >= 1:
-        smooth = np.clip((_LLAMA3["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
-        if np.allclose(divisors, 1 / (smooth + (1 - smooth) / factor), rtol=1e-3):
-            return {"rope_theta": theta, "rope_type": "llama3", "factor": factor, **_LLAMA3}
-    raise ConfigError(f"{ROPE_FREQS} does not follow the frequency scaling of Llama 3.1, the only one that is supported in GGUF files")
+    factor = max(round(float(divisors.max()), 4), 1.0)
+    for numbers in (_LLAMA3, _LLAMA4):
+        scaling = Llama3Scaling(
+            factor=factor, low_freq_factor=numbers["low_freq_factor"], high_freq_factor=numbers["high_freq_factor"],
+            original_len=int(numbers["original_max_position_embeddings"]),
+        )  # fmt: skip
+        plain, scaled = (rope_frequencies(RopeSpec(dim=rotary, theta=theta, scaling=kind)) for kind in (None, scaling))
+        if divisors.shape == plain.shape and np.allclose(divisors, plain / scaled, rtol=1e-3):
+            return {"rope_theta": theta, "rope_type": "llama3", "factor": factor, **numbers}
+    raise ConfigError(f"{ROPE_FREQS} does not follow the frequency scaling of Llama 3.1 or 4, the only ones supported in GGUF files")
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,10 @@ def _olmo(reader: GgufReader, values: Values) -> Values:
     return {"clip_qkv": reader.number_or_none("attention.clamp_kqv")}
 
 
+def _gptj(reader: GgufReader, values: Values) -> Values:
+    return {"rotary_dim": reader.count("rope.dimension_count")}
+
+
 def _seed_oss(reader: GgufReader, values: Values) -> Values:
     return {"attention_out_bias": has_in_layer(reader, "attn_output.bias")}
 
@@ -236,6 +240,10 @@ DENSE: Mapping[str, GgufFamily] = types.MappingProxyType(
         "arcee": GgufFamily(architecture="ArceeForCausalLM", has_interleaved_heads=True, fixed={"hidden_act": "relu2"}),
         "smollm3": GgufFamily(architecture="SmolLM3ForCausalLM", has_interleaved_heads=True),
         "seed_oss": GgufFamily(architecture="SeedOssForCausalLM", renamed={"post_attention_norm": "ffn_norm"}, config=_seed_oss),
+        "chatglm": GgufFamily(architecture="GlmForCausalLM"),
         "glm4": GgufFamily(architecture="Glm4ForCausalLM"),
+        "gptj": GgufFamily(
+            architecture="GPTJForCausalLM", keys=_GPT2_KEYS, fixed=_BARE | {"partial_rotary_factor": None}, config=_gptj
+        ),
     }
 )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 
+from jaxserve.errors import ConfigError
+from jaxserve.weights.gguf_encoder_families import ENCODERS
 from jaxserve.weights.gguf_families import DENSE, GgufFamily, Values, granite_config, has_in_layer
 from jaxserve.weights.gguf_reader import GgufReader
 
@@ -109,6 +111,26 @@ def _glm4_moe(reader: GgufReader, values: Values) -> Values:
     }
 
 
+# What llama.cpp knows of Llama 4, as its files do not say it: no positions on each fourth layer, chunks and temperature on the others.
+_LLAMA4 = {
+    "no_rope_layer_interval": 4, "attention_chunk_size": 8192, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1,
+}  # fmt: skip
+_EXPERTS_OF_MAVERICK = 128
+
+
+def _llama4(reader: GgufReader, values: Values) -> Values:
+    if reader.has("attention.sliding_window"):  # 0 says that there are no chunks
+        raise ConfigError(f"attention.sliding_window={values['sliding_window'] or 0} of a Llama 4 is not supported")
+    experts = _top_k(reader, "num_local_experts")
+    return experts | {
+        "intermediate_size": reader.count("expert_feed_forward_length"),
+        "intermediate_size_mlp": values["intermediate_size"],
+        "interleave_moe_layer_step": reader.count("interleave_moe_layer_step"),
+        "use_qk_norm": experts["num_local_experts"] != _EXPERTS_OF_MAVERICK,
+        **_LLAMA4,
+    }
+
+
 _SPARSE: Mapping[str, GgufFamily] = types.MappingProxyType(
     {
         "llama": GgufFamily(architecture="LlamaForCausalLM", has_interleaved_heads=True, config=_llama),
@@ -138,7 +160,8 @@ _SPARSE: Mapping[str, GgufFamily] = types.MappingProxyType(
             architecture="DeepseekV2ForCausalLM", config=_deepseek2,
             fixed={"head_dim": None, "num_key_value_heads": None, "partial_rotary_factor": None},
         ),
+        "llama4": GgufFamily(architecture="Llama4ForCausalLM", fixed={"mlp_bias": None}, config=_llama4),
         "glm4moe": GgufFamily(architecture="Glm4MoeForCausalLM", renamed={"post_attention_norm": "ffn_norm"}, config=_glm4_moe),
     }
 )  # fmt: skip
-GGUF_FAMILIES: Mapping[str, GgufFamily] = types.MappingProxyType({**_SPARSE, **DENSE})
+GGUF_FAMILIES: Mapping[str, GgufFamily] = types.MappingProxyType({**_SPARSE, **DENSE, **ENCODERS})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jaxserve.models.names import Family, Layout, Names, Stored, stored, with_leaves
 
-EMBEDDING = "token_embd.weight"
+EMBEDDING, TOKEN_TYPES = "token_embd.weight", "token_types.weight"
 # Rotary frequencies that are no powers of a base; they become part of the config.
 ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -60,6 +60,7 @@ MODEL_NAMES: Names = types.MappingProxyType(
             "embed": stored("token_embd"),
             "embed_norm": stored("token_embd_norm"),
             "positions": stored("position_embd"),
+            "token_types": stored("token_types"),
             "final_norm": stored("output_norm"),
             "head": stored("output"),
         }

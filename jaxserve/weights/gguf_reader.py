@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,13 @@ class GgufReader:
 
     Args:
       architecture: what the keys begin with.
-      tensors: names of the file's tensors, some of which say more than the metadata.
+      shapes: of the file's tensors, some of which say more than the metadata.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], architecture: str, tensors: Collection[str] = ()) -> None:
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self._metadata = metadata
         self._prefix = f"{architecture}."
-        self._tensors = tensors
+        self._shapes = shapes or {}
         self._read: set[str] = set()
 
     def has(self, key: str) -> bool:
@@ -33,7 +33,12 @@ class GgufReader:
 
     def has_tensor(self, name: str) -> bool:
         """Whether the file has a tensor of this name."""
-        return name in self._tensors
+        return name in self._shapes
+
+    def num_rows(self, name: str) -> int:
+        """Of a tensor; 0 if the file has none of this name."""
+        shape = self._shapes.get(name, ())
+        return shape[0] if shape else 0
 
     def count(self, key: str, default: int | None = None) -> int:
         """A number of things; a list of equal ones, one a layer, counts as one."""

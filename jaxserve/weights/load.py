@@ -277,6 +277,8 @@ def _read_one(checkpoint: Checkpoint, source: Source, name: str) -> np.ndarray:
     match source.layout:
         case "transposed":
             return array.swapaxes(-1, -2)
+        case "halves_swapped":
+            return np.concatenate(np.split(array, 2)[::-1])
         case "stacked":
             return np.atleast_2d(array)
         case "head_starts" | "head_ends":

@@ -21,7 +21,9 @@ from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.names import Family, stored, with_leaves
 from jaxserve.models.spec import ModelSpec, PoolLayerSpec, PoolMethod, PoolSpec
 from jaxserve.pooling import Pooling, ScoreActivation, read_matryoshka
+from jaxserve.text.gguf_metadata import read_gguf_metadata
 from jaxserve.weights.checkpoint import open_checkpoint
+from jaxserve.weights.gguf import is_gguf
 from jaxserve.weights.json_file import read_json, read_json_objects
 from jaxserve.weights.tensors import Checkpoint
 
@@ -30,6 +32,7 @@ _METHODS: Mapping[str, PoolMethod] = {
     "mean_sqrt_len": "mean_sqrt_len", "mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean",
     "weightedmean_tokens": "weighted_mean", "lasttoken": "last",
 }  # fmt: skip
+_GGUF_METHODS: Mapping[int, PoolMethod] = {1: "mean", 2: "cls", 3: "last"}
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "SiLU": "silu", "Sigmoid": "sigmoid"}
 
 
@@ -42,11 +45,22 @@ class Modules:
     layers: tuple[tuple[str, PoolLayerSpec], ...]
 
 
+def makes_vectors(path: pathlib.Path) -> bool:
+    """Whether the files of a model say that it makes vectors."""
+    return bool(_gguf_pooling(path)) if is_gguf(path) else (path / "modules.json").is_file()
+
+
 def read_modules(path: pathlib.Path) -> Modules | None:
-    """The modules of a model's directory; None if it is not of sentence-transformers.
+    """The modules of a model's directory, or what a GGUF file has kept of them; None if it is not of sentence-transformers.
 
     Raises: ConfigError naming the module or option that is not understood.
     """
+    if is_gguf(path):
+        kind = _gguf_pooling(path)
+        if kind not in (0, *_GGUF_METHODS):
+            raise ConfigError(f"{path}: pooling_type={kind} is not supported; there are {', '.join(map(str, _GGUF_METHODS))}")
+        # llama.cpp normalizes whatever the model's modules said, which is not in the file.
+        return Modules(method=_GGUF_METHODS[kind], normalize=True, layers=()) if kind else None
     listed = path / "modules.json"
     if not listed.is_file():
         return None
@@ -121,6 +135,12 @@ class WithModules(Checkpoint):
     def _find(self, name: str) -> tuple[Checkpoint, str]:
         at = next((at for at in self._parts if at and name.startswith(at)), "")
         return self._parts[at], name.removeprefix(at)
+
+
+def _gguf_pooling(path: pathlib.Path) -> int:
+    """llama.cpp's number for how a GGUF file's model pools; 0 if it does not."""
+    found = read_gguf_metadata(path, lambda key: key.endswith(".pooling_type"))
+    return next((kind for kind in found.values() if isinstance(kind, int)), 0)
 
 
 def _with_modules(family: Family, modules: Modules) -> Family:

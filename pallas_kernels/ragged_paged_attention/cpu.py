@@ -51,6 +51,7 @@ def ragged_paged_attention(
     softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     one_token_rows: bool = False,
@@ -61,10 +62,11 @@ def ragged_paged_attention(
       pages: [R, num_pages, 2K, page_size * H] as in xla.py.
     Raises: NotImplementedError for other types than float32, and for head or page sizes that are no multiple of a cache line.
     """
-    T, N, H = q.shape
-    page_size = pages.shape[3] // H
+    (T, N, H), page_size = q.shape, pages.shape[3] // q.shape[2]
     if not (q.dtype == k.dtype == v.dtype == pages.dtype == jnp.float32) or H % LINE or page_size % LINE or 0 in (T, len(kv_len)):
         raise NotImplementedError(f"heads of {q.dtype}[{H}], pages of {pages.dtype}[{page_size}]")
+    if distance_bias is not None:
+        raise NotImplementedError("a bias for each distance: there is one in plain XLA")
     del one_token_rows  # nothing to gain
     _compile()
     counts = query_start[1:] - query_start[:-1]

@@ -51,6 +51,7 @@ def ragged_paged_attention(
     softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     one_token_rows: bool = False,
@@ -61,6 +62,8 @@ def ragged_paged_attention(
       pages: [R, num_pages, 2K, page_size, H], see above.
     Raises: NotImplementedError for head sizes above 256, other dtypes, and caches whose rows 31 bits do not count.
     """
+    if distance_bias is not None:
+        raise NotImplementedError("a bias for each distance: there is one in plain XLA")
     plan = make_plan(
         q, k, v, pages, page_table=page_table, sm_scale=sm_scale, causal=causal, windowed=window is not None, softcap=softcap,
         alibi=alibi_slopes is not None, sinks=sinks is not None, k_scale=k_scale, v_scale=v_scale, one_token_rows=one_token_rows,

@@ -34,13 +34,14 @@ def ragged_paged_attention(
     softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     one_token_rows: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Write new keys and values into their pages, then attend to all of each row's pages.
 
-    Order of operations: scale, softcap, ALiBi, mask, softmax (with sink), all in float32.
+    Order of operations: scale, softcap, ALiBi or bias by distance, mask, softmax (with sink), all in float32.
 
     Args:
       q: [T, N, H] queries; N a multiple of K.
@@ -56,6 +57,7 @@ def ragged_paged_attention(
       window: a query at p sees keys above p - window, and if not causal below p + window; None is unlimited.
       softcap: scores become softcap * tanh(scores / softcap).
       alibi_slopes: f32[N]; adds slope * (key position - query position).
+      distance_bias: f32[N, 2 * D + 1]; adds entry D + (key position - query position), distances beyond D as D. Only here and in xla.py.
       sinks: f32[N]; a logit per head that joins the softmax's denominator and has no value.
       k_scale, v_scale: a cached number times its scale is the true one.
       one_token_rows: static promise that T == S and row s owns token s or, at the end, nothing; implementations may use it.
@@ -83,6 +85,9 @@ def ragged_paged_attention(
     distance = key_position - position[:, None]  # i32: bfloat16 holds integers only up to 256
     if alibi_slopes is not None:
         scores += alibi_slopes.reshape(1, K, G, 1) * distance[:, None, None, :].astype(jnp.float32)
+    if distance_bias is not None:
+        most = distance_bias.shape[1] // 2
+        scores += distance_bias[:, jnp.clip(distance, -most, most) + most].reshape(K, G, T, -1).transpose(2, 0, 1, 3)
     visible = (key_position < kv_len[row][:, None]) & valid[:, None]
     if causal:
         visible &= distance <= 0

@@ -39,6 +39,7 @@ def ragged_paged_attention(
     softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     one_token_rows: bool = False,
@@ -47,6 +48,8 @@ def ragged_paged_attention(
 
     Raises: NotImplementedError for values narrower than keys, head sizes above 256, other dtypes, and blocks that do not fit the chip.
     """
+    if distance_bias is not None:
+        raise NotImplementedError("a bias for each distance: there is one in plain XLA")
     plan = make_plan(
         q, k, v, pages, page_table=page_table, sm_scale=sm_scale, causal=causal, windowed=window is not None, softcap=softcap,
         alibi=alibi_slopes is not None, sinks=sinks is not None, k_scale=k_scale, v_scale=v_scale, one_token_rows=one_token_rows,

@@ -38,6 +38,7 @@ class _Features:
     softcap: float | None
     alibi_slopes: jax.Array | None
     sinks: jax.Array | None
+    distance_bias: jax.Array | None
     k_scale: float
     v_scale: float
     num_groups: int
@@ -65,6 +66,7 @@ def ragged_paged_attention(
     softcap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     one_token_rows: bool = False,
@@ -81,7 +83,7 @@ def ragged_paged_attention(
     pages = _write(pages, layer, k, v, row, position, valid, page_table, k_scale, v_scale)
     features = _Features(
         sm_scale=sm_scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        k_scale=k_scale, v_scale=v_scale, num_groups=N // K, value_size=Hv,
+        distance_bias=distance_bias, k_scale=k_scale, v_scale=v_scale, num_groups=N // K, value_size=Hv,
     )  # fmt: skip
     q = jnp.where(valid[:, None, None], q, 0)
     if one_token_rows:
@@ -89,8 +91,7 @@ def ragged_paged_attention(
     else:
         counts = query_start[1:] - query_start[:-1]
         single = counts == 1
-        last = jnp.clip(query_start[:-1], 0, T - 1)
-        decoded = _decode(q[last], pages, layer, page_table, jnp.where(single, kv_len, 0), features)
+        decoded = _decode(q[jnp.clip(query_start[:-1], 0, T - 1)], pages, layer, page_table, jnp.where(single, kv_len, 0), features)
         out = _prefill(q, pages, layer, page_table, query_start, kv_len, jnp.where(single, 0, counts), features)
         out = jnp.where(single[row][:, None, None], decoded[row], out)
     return jnp.where(valid[:, None, None], out, 0).astype(q.dtype), pages
@@ -248,6 +249,10 @@ def _accumulate(
         scores = features.softcap * jnp.tanh(scores / features.softcap)
     if features.alibi_slopes is not None:
         scores += features.alibi_slopes.reshape(K, G, 1, 1) * distance.astype(jnp.float32)
+    if features.distance_bias is not None:
+        most = features.distance_bias.shape[1] // 2
+        place = jnp.clip(distance[:, 0, 0], -most, most) + most  # [W, B, L]
+        scores += features.distance_bias.astype(jnp.float32).reshape(K, G, -1)[:, :, place].transpose(2, 0, 1, 3, 4)
     scores = jnp.where(visible, scores, MASKED)
     new_top = jnp.maximum(top, scores.max(-1))
     weights = jnp.exp(scores - new_top[..., None])  # 0 where masked: new_top is at least EMPTY

@@ -45,6 +45,7 @@ def choose(
         ("Qwen3ForSequenceClassification", {"id2label": {"0": "SCORE"}}, ("classify", 1, "last")),
         ("MistralForSequenceClassification", {}, ("classify", 2, "last")),
         ("BertModel", {}, ("embed", 32, "cls")),
+        ("BertForMaskedLM", {}, ("embed", 32, "cls")),
         ("BertForSequenceClassification", {"id2label": {"0": "a", "1": "b", "2": "c"}}, ("classify", 3, "cls")),
         ("XLMRobertaForSequenceClassification", {"runner": "pooling", "id2label": {"0": "a"}}, ("classify", 1, "cls")),
     ],

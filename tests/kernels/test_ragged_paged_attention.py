@@ -16,7 +16,7 @@ from pallas_kernels.native.tiles import LINE
 from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.cases import CASES, FEATURES, Case, make_inputs
 
-ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks")
+ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks", "distance_bias")
 
 
 def to_rows(pages: jax.Array) -> jax.Array:
@@ -88,6 +88,9 @@ def by_hand(case: Case, inputs: dict[str, Any]) -> np.ndarray:
                 distance = np.arange(length) - position
                 if "alibi_slopes" in inputs:
                     scores = scores + inputs["alibi_slopes"][n] * distance
+                if "distance_bias" in inputs:
+                    most = inputs["distance_bias"].shape[1] // 2
+                    scores = scores + inputs["distance_bias"][n, np.clip(distance, -most, most) + most]
                 seen = (distance <= 0) | (not inputs.get("causal", True))
                 if inputs.get("window"):
                     seen &= (distance > -inputs["window"]) & (distance < inputs["window"])
@@ -115,6 +118,21 @@ def test_cpu_equals_reference(case: Case, feature: str) -> None:
     out, pages = run("cpu", inputs)
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)  # float32, sums in another order
     np.testing.assert_array_equal(pages, expected_pages)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_bias_by_distance_is_that_of_the_definition(implementation: str) -> None:
+    case = Case(name="whole texts, one longer than the table of distances", rows=((29, 29), (1, 1), (6, 6)), padding=3)
+    inputs = make_inputs(case, {"causal": False})
+    inputs["distance_bias"] = np.random.default_rng(2).standard_normal((case.num_heads, 23)).astype(np.float32)
+    out, _ = run(implementation, inputs)
+    np.testing.assert_allclose(out[: case.num_tokens], by_hand(case, inputs)[: case.num_tokens], atol=2e-6, rtol=2e-5)
+
+
+def test_kernel_for_cpus_leaves_a_bias_by_distance_to_xla() -> None:
+    inputs = make_inputs(in_vectors(CASES[0]), {}) | {"distance_bias": np.zeros((4, 3), np.float32)}
+    with pytest.raises(NotImplementedError, match="bias for each distance"):
+        run("cpu", inputs)
 
 
 def test_cpu_gives_a_row_the_same_bits_in_any_company() -> None:

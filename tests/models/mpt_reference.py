@@ -103,7 +103,8 @@ def _attend(config: Mapping[str, Any], tensors: Tensors, name: str, x: torch.Ten
         slopes = slopes if full == N else torch.cat([slopes[1::2], slopes[::2]])[:N]
         scores = scores + slopes[:, None, None] * distance
     window = attn.get("sliding_window_size", -1)
-    hidden = (distance > 0) | ((distance <= -window) if window > 0 else False)
+    # As flash-attention's window_size, which it becomes there: so many tokens before the query's own.
+    hidden = (distance > 0) | ((distance < -window) if window >= 0 else False)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return _linear(tensors, f"{name}.out_proj", torch.einsum("nqk,knh->qnh", weights, v).reshape(T, N * H))
 

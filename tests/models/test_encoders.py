@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 import tempfile
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.attention import distance_buckets
 from jaxserve.models.batch import Batch
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.families import find_family
@@ -24,7 +27,7 @@ from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.kv_cache import cache_shapes
 from jaxserve.models.params import merge_model, split_model
 from jaxserve.models.pooling import finish_pool, pool_step, pooled_tokens
-from jaxserve.models.spec import fold_layers
+from jaxserve.models.spec import DistanceBuckets, ModelSpec, NtkScaling, fold_layers
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
 from tests.models.paged import COMPILER_OPTIONS
@@ -82,6 +85,11 @@ ENCODERS = {
     "roberta": Encoder("RobertaModel", "RobertaConfig", ROBERTA),
     "xlm-roberta": Encoder("XLMRobertaModel", "XLMRobertaConfig", ROBERTA),
     "distilbert": Encoder("DistilBertModel", "DistilBertConfig", DISTIL),
+    "mpnet": Encoder("MPNetModel", "MPNetConfig", SIZES | {"relative_attention_num_buckets": 32, "max_position_embeddings": 66}),
+    "gte": Encoder(
+        "GteModel", "GteConfig", SIZES | {"type_vocab_size": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    ),
+    "nomic": Encoder("NomicBertModel", "NomicBertConfig", SIZES),
 }
 CLASSIFIERS = {
     "qwen3, a score": Encoder("Qwen3ForSequenceClassification", "Qwen3Config", LLAMA | {"num_labels": 1, "head_dim": 12}),
@@ -102,22 +110,27 @@ CLASSIFIERS = {
 LENGTHS = (1, 19, 6)  # of texts that are computed together; the second text of each pair begins half way
 
 
-def run(path: pathlib.Path, texts: list[np.ndarray], *, pooled: bool) -> list[np.ndarray]:
-    """The hidden states of texts, or their vectors behind pooling and its layers, through one step over scattered pages."""
+def load(path: pathlib.Path, platform: str | None = None) -> tuple[ModelSpec, Any, dict[str, jax.Array]]:
+    """A model, on the kernels of a platform (default: the one at hand), and its parameters."""
     config = read_config(path)
     family = find_family(config)
     spec = family.spec(config)
     assert not config.unread(), f"{config.unread()=}"
-    assert spec.pool is not None
-    method = spec.pool.method
     groups = fold_layers(spec.layers, scan=True)
-    graphdef, shapes = split_model(Decoder(spec, groups, dtype=jnp.dtype(jnp.float32)))
+    graphdef, shapes = split_model(Decoder(spec, groups, dtype=jnp.dtype(jnp.float32), platform=platform))
     with open_checkpoint(path) as checkpoint:
-        params = load_params(checkpoint, shapes, groups, family, progress=lambda done, total: None)
+        return spec, graphdef, load_params(checkpoint, shapes, groups, family, progress=lambda done, total: None)
+
+
+def run(path: pathlib.Path, texts: list[np.ndarray], *, pooled: bool, platform: str | None = None) -> list[np.ndarray]:
+    """The hidden states of texts, or their vectors behind pooling and its layers, through one step over scattered pages."""
+    spec, graphdef, params = load(path, platform)
+    assert spec.pool is not None
+    method, groups = spec.pool.method, fold_layers(spec.layers, scan=True)
     T, pages = sum(map(len, texts)) + 5, [-(-len(text) // PAGE_SIZE) for text in texts]
     cache = jax.tree.map(
         lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype),
-        cache_shapes(groups, num_pages=sum(pages) + 1, page_size=PAGE_SIZE, dtype=jnp.dtype("float32")),
+        cache_shapes(groups, num_pages=sum(pages) + 1, page_size=PAGE_SIZE, dtype=jnp.dtype("float32"), platform=platform),
     )
     ids = np.random.default_rng(3).permutation(np.arange(1, sum(pages) + 1))
     tokens, positions, types = np.zeros((3, T), np.int32)
@@ -188,6 +201,88 @@ def test_names_of_the_oldest_checkpoints_are_known(tmp_path: pathlib.Path) -> No
     (tmp_path / "config.json").write_text((encoder.path / "config.json").read_text())
     for found, wanted in zip(run(tmp_path, texts_of(), pooled=False), run(encoder.path, texts_of(), pooled=False), strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_buckets_of_distances_are_those_of_mpnet() -> None:
+    distances = torch.arange(-128, 129)
+    expected = MPNetEncoder.relative_position_bucket(distances, num_buckets=32, max_distance=128).numpy()
+    np.testing.assert_array_equal(distance_buckets(DistanceBuckets(count=32, max_distance=128)), expected)
+
+
+# As the makers publish them: the same under other keys.
+PUBLISHED = {
+    "gte": {
+        "architectures": ["NewModel"], "model_type": "new", "layer_norm_type": "layer_norm", "logn_attention_clip1": False,
+        "logn_attention_scale": False, "pack_qkv": True, "position_embedding_type": "rope", "rope_theta": 500, "type_vocab_size": 2,
+        "unpad_inputs": False, "use_memory_efficient_attention": False, "hidden_act": "gelu", "layer_norm_eps": 1e-12, **SIZES,
+    },
+    "nomic": {
+        "architectures": ["NomicBertModel"], "model_type": "nomic_bert", "activation_function": "swiglu", "causal": False,
+        "dense_seq_output": True, "fused_bias_fc": True, "layer_norm_epsilon": 1e-12, "max_trained_positions": 64, "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False, "n_embd": 48, "n_head": 4, "n_inner": 72, "n_layer": 3, "n_positions": 256, "prenorm": False,
+        "pad_vocab_size_multiple": 1, "parallel_block": False, "qkv_proj_bias": False, "rotary_emb_base": 1000, "use_flash_attn": True,
+        "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False, "rotary_emb_scale_base": None, "rotary_scaling_factor": None,
+        "scale_attn_weights": True, "summary_type": "cls_index", "type_vocab_size": 2, "use_rms_norm": False, "vocab_size": VOCAB,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_encoder_is_the_same_under_its_other_names(name: str, prefixed: bool, tmp_path: pathlib.Path) -> None:
+    """The makers' keys, with the prefix of their larger models; and the names of transformers' own modules."""
+    encoder = ENCODERS[name]
+    if prefixed:
+        prefix, config = {"gte": "new.", "nomic": "nomic_bert."}[name], PUBLISHED[name]
+        tensors = load_file(encoder.path / "model.safetensors")
+    else:
+        prefix, config = "", encoder.reference.config.to_dict() | {"architectures": [encoder.model]}
+        tensors = {key: tensor.contiguous() for key, tensor in encoder.reference.state_dict().items()}
+    save_file({f"{prefix}{key}": tensor for key, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (spec, _, found), (expected_spec, _, expected) = load(tmp_path), load(encoder.path)
+    assert spec == expected_spec
+    assert found.keys() == expected.keys()
+    for path, parameter in expected.items():
+        np.testing.assert_array_equal(found[path], parameter, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"factor": 2.0, "type": "ntk"}, NtkScaling(factor=2.0)),
+        ({"factor": 4.0, "type": "ntk", "mixed_b": 0.5}, NtkScaling(factor=4.0, exponent=0.5)),
+    ],
+)
+def test_published_gte_stretches_its_rotation(scaling: dict[str, Any], expected: NtkScaling) -> None:
+    spec = find_family(config := HfConfig(PUBLISHED["gte"] | {"rope_scaling": scaling})).spec(config)
+    rope = spec.layers[0].attention.rope
+    assert rope is not None
+    assert rope.scaling == expected
+    assert not config.unread()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gte", "logn_attention_scale", True), ("gte", "position_embedding_type", "absolute"), ("gte", "layer_norm_type", "rms_norm"),
+        ("nomic", "prenorm", True), ("nomic", "activation_function", "gelu"), ("nomic", "rotary_emb_fraction", 0.5),
+    ],
+)  # fmt: skip
+def test_option_of_a_published_encoder_that_is_not_there_is_refused(name: str, key: str, value: Any) -> None:
+    config = HfConfig(PUBLISHED[name] | {key: value})
+    with pytest.raises(ConfigError, match=f"{key}={value!r}"):
+        find_family(config).spec(config)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "mpnet", "modernbert", "gte", "nomic"])
+def test_checkpoint_as_it_was_pretrained_is_an_encoder(name: str) -> None:
+    """Many models of sentence-transformers still call themselves so; what guesses masked words is left out."""
+    plain = ENCODERS[name]
+    masked = dataclasses.replace(plain, model=plain.model.replace("Model", "ForMaskedLM"))
+    spec, _, params = load(masked.path)
+    assert spec == load(plain.path)[0]
+    np.testing.assert_array_equal(params["embed.weight"], masked.reference.get_input_embeddings().weight.detach())
 
 
 @pytest.mark.parametrize("options", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])

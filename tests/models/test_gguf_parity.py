@@ -16,11 +16,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jaxserve.weights.gguf_moe_families import GGUF_FAMILIES
 from tests.models import variants
 from tests.models.moe_variants import DBRX, MOE_VARIANTS
 from tests.models.paged import PagedModel, assert_same
+from tests.models.test_encoders import ENCODERS, Encoder
 from tests.models.test_families import GRANITE
 from tests.models.variants import VARIANTS, VOCAB, Variant
 
@@ -50,7 +52,7 @@ class Case:
       extra: tensors that only the file has.
     """
 
-    variant: Variant
+    variant: Variant | Encoder
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     change: Callable[[str, np.ndarray, Any], Arrays] = lambda name, array, config: {name: array}
     arch: str = ""
@@ -155,6 +157,16 @@ def latent(name: str, array: np.ndarray, config: Any) -> Arrays:
     by_head = array.reshape(config.num_attention_heads, -1, array.shape[1])
     keys, values = by_head[:, : config.qk_nope_head_dim], by_head[:, config.qk_nope_head_dim :]
     return {name.replace("kv_b", "k_b"): keys.swapaxes(1, 2), name.replace("kv_b", "v_b"): values}
+
+
+def llama4(name: str, array: np.ndarray, config: Any) -> Arrays:
+    """Llama 4's experts, out before in."""
+    return experts(name, array.swapaxes(1, 2) if "experts." in name else array, config)
+
+
+def without_pooler(name: str, array: np.ndarray, config: Any) -> Arrays:
+    """BERT's pooler is left out."""
+    return {} if name.startswith("pooler.") else {name: array}
 
 
 def correction(name: str, array: np.ndarray, config: Any) -> Arrays:
@@ -265,6 +277,14 @@ CASES: dict[str, Case] = {
             "leading_dense_block_count": 1, "expert_weights_norm": True,
         }, latent,
     ),
+    "chatglm": Case(VARIANTS["glm"], {"rope.dimension_count": 8}),
+    "gptj": Case(VARIANTS["gptj"], {"feed_forward_length": 192, "rope.dimension_count": 8}),
+    "llama4": Case(
+        of("llama4", no_rope_layer_interval=4, attention_chunk_size=8192, floor_scale=8192, attn_scale=0.1),
+        {"feed_forward_length": 40, "expert_feed_forward_length": 72, "interleave_moe_layer_step": 2}, llama4,
+    ),
+    "bert": Case(ENCODERS["bert"], {"attention.causal": False, "pooling_type": 1}, without_pooler),
+    "nomic-bert": Case(ENCODERS["nomic"], {"attention.causal": False, "pooling_type": 1}),
     "glm4moe": Case(
         MOE_VARIANTS["glm4_moe"], {
             "rope.dimension_count": 8, "expert_shared_count": 1, "leading_dense_block_count": 1, "expert_gating_func": 2,
@@ -277,6 +297,8 @@ CASES: dict[str, Case] = {
 def write_gguf(path: pathlib.Path, arch: str, case: Case) -> None:
     """What convert_hf_to_gguf.py does with the case's model."""
     config, tensors = case.variant.reference.config, case.variant.reference.state_dict()
+    if isinstance(case.variant, Encoder):  # under the makers' names
+        tensors = load_file(case.variant.path / "model.safetensors")
     writer = gguf.GGUFWriter(path, arch)
     found = {key: next((getattr(config, name) for name in names if hasattr(config, name)), None) for key, names in KEYS.items()}
     for key, value in (found | {"rope.freq_base": theta_of(config)} | dict(case.more)).items():

@@ -13,6 +13,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.families.alibi import alibi_slopes
 from jaxserve.models.families.mpt import mpt_spec
 from jaxserve.models.hf_config import HfConfig
+from jaxserve.models.spec import DynamicScaling, Llama3Scaling
 from tests.models.mpt_reference import mpt_logits, save_mpt
 from tests.models.paged import PagedModel
 
@@ -105,6 +106,30 @@ def test_published_config_of_mpt_7b_is_read_whole() -> None:
 def test_option_that_is_not_understood_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         spec_of(**values)
+
+
+@pytest.mark.parametrize(("given", "window"), [(-1, None), (0, 1), (512, 513)])
+def test_window_counts_the_tokens_before_a_querys_own(given: int, window: int | None) -> None:
+    """It becomes flash-attention's window_size, whose bounds are inclusive."""
+    assert spec_of(attn_config={"sliding_window_size": given}).layers[0].attention.window == window
+
+
+@pytest.mark.parametrize(
+    ("given", "scaling"),
+    [
+        ({"type": "no_scaling", "factor": 1.0}, None),
+        ({"type": "dynamic", "factor": 3.0}, DynamicScaling(factor=3.0, original_len=64, max_len=64)),
+        (
+            {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+            Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_len=32),
+        ),
+    ],
+)
+def test_rotation_of_transformers_is_stretched_as_the_config_says(given: dict[str, Any], scaling: object) -> None:
+    config = HfConfig({"architectures": ["MPTForCausalLM"]} | SIZES | {"attn_config": ROPE | {"rope_impl": "hf", "rope_hf_config": given}})
+    rope: Any = mpt_spec(config).layers[0].attention.rope
+    assert rope.scaling == scaling
+    assert config.unread() == {}
 
 
 def test_option_that_nobody_reads_is_reported_with_its_place() -> None:

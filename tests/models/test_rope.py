@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxserve.models.rope import apply_rope, rope_angles, rope_frequencies
-from jaxserve.models.spec import LinearScaling, Llama3Scaling, RopeSpec
+from jaxserve.models.spec import LinearScaling, Llama3Scaling, NtkScaling, RopeSpec
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -29,6 +31,19 @@ def test_linear_scaling_divides_positions() -> None:
     a = rope_angles(jnp.array([3]), (plain,)).values[0]
     b = rope_angles(jnp.array([12]), (scaled,)).values[0]
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixed_b", [None, 0.75])
+def test_ntk_frequencies_equal_those_of_their_definition(mixed_b: float | None) -> None:
+    dim, theta, factor = 12, 500.0, 8.0
+    exponents = np.arange(0, dim, 2) / dim
+    if mixed_b is None:  # a larger base, then all divided
+        expected = 1 / (theta * factor) ** exponents / factor ** (2 / dim)
+    else:
+        a = math.log(factor) / (dim / 2) ** mixed_b
+        expected = 1 / theta**exponents / np.exp(a * np.arange(1, dim // 2 + 1) ** mixed_b)
+    found = rope_frequencies(RopeSpec(dim=dim, theta=theta, scaling=NtkScaling(factor=factor, exponent=mixed_b or 1.0)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_rotation_keeps_scores_a_function_of_distance() -> None:

@@ -182,11 +182,11 @@ def test_linear_scaling_is_kept(tmp_path: pathlib.Path) -> None:
     assert dict(read_config(write_gguf(tmp_path / "m.gguf", scaled)).rope_parameters()) == expected
 
 
-def llama3_divisors(factor: float, low: float, high: float, original_len: float) -> np.ndarray:
+def llama3_divisors(factor: float, low: float, high: float, original_len: float, theta: float = 50_000.0) -> np.ndarray:
     """What llama.cpp's converter stores as rope_freqs.weight."""
     divisors = []
     for i in range(0, HEAD_SIZE, 2):
-        wavelength = 2 * np.pi * 50_000.0 ** (i / HEAD_SIZE)
+        wavelength = 2 * np.pi * theta ** (i / HEAD_SIZE)
         if wavelength < original_len / high:
             divisors.append(1.0)
         elif wavelength > original_len / low:
@@ -203,6 +203,14 @@ def test_llama3_scaling_is_recovered_from_its_effect(tmp_path: pathlib.Path) -> 
         "rope_theta": 50_000.0, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
+
+
+def test_step_of_llama4_is_recovered_from_its_effect(tmp_path: pathlib.Path) -> None:
+    theta = 640.0 ** (HEAD_SIZE / (HEAD_SIZE - 4))  # so that a wavelength of 4000 is none of those that Llama 3.1 keeps
+    divisors = llama3_divisors(16.0, 1.0, 1.0, 8192, theta)
+    path = write_gguf(tmp_path / "m.gguf", {**METADATA, "rope.freq_base": theta}, extra={"rope_freqs.weight": divisors})
+    rope = read_config(path).rope_parameters()
+    assert (rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]) == (16.0, 1.0, 1.0)
 
 
 def test_frequencies_of_another_scaling_are_refused(tmp_path: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from jaxserve.models.families import find_family
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.spec import PoolLayerSpec
 from jaxserve.weights.checkpoint import read_config
-from jaxserve.weights.sentence_transformers import WithModules, read_modules, with_pooling
+from jaxserve.weights.sentence_transformers import WithModules, makes_vectors, read_modules, with_pooling
 from tests.tiny_vectors import MAX_LEN, PROMPTS, dense_weights, tiny_classifier, tiny_encoder
 
 
@@ -48,6 +49,29 @@ def test_modules_are_read() -> None:
         np.testing.assert_array_equal(checkpoint.read("2_Dense.linear.weight"), dense_weights(24)["linear.weight"].numpy())
         np.testing.assert_array_equal(checkpoint.read_rows("2_Dense.linear.bias", 3, 5), dense_weights(24)["linear.bias"].numpy()[3:5])
         assert checkpoint.read("embeddings.LayerNorm.weight").shape == (32,)
+
+
+@pytest.mark.parametrize(("kind", "method"), [(None, None), (0, None), (1, "mean"), (2, "cls"), (3, "last")])
+def test_gguf_file_says_by_a_number_how_it_pools(kind: int | None, method: str | None, tmp_path: pathlib.Path) -> None:
+    path = write_pooling(tmp_path / "m.gguf", kind)
+    modules = read_modules(path)
+    assert (modules.method if modules else None) == method
+    assert makes_vectors(path) == (modules is not None)
+
+
+def test_gguf_file_of_a_reranker_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"pooling_type=4 is not supported"):
+        read_modules(write_pooling(tmp_path / "m.gguf", 4))
+
+
+def write_pooling(path: pathlib.Path, kind: int | None) -> pathlib.Path:
+    writer = gguf.GGUFWriter(path, "bert")
+    if kind is not None:
+        writer.add_uint32("bert.pooling_type", kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", "weightedmean", "max", "mean_sqrt_len"])

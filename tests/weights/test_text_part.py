@@ -58,6 +58,14 @@ def test_language_model_is_loaded_alone(
         assert not any("vision" in name or "projector" in name for name in checkpoint.tensors)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_file_named_alone_gives_the_language_model_too(name: str, tmp_path: pathlib.Path) -> None:
+    tensors = {"language_model.model.norm.weight": torch.ones(3), "vision_tower.x.weight": torch.ones(2)}
+    (torch.save if name.endswith(".bin") else save_file)(tensors, tmp_path / name)
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        assert set(checkpoint.tensors) == {"model.norm.weight"}
+
+
 def test_published_gemma_leaves_out_what_its_class_says() -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     text["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}

@@ -6,7 +6,7 @@ import functools
 import logging
 
 from jaxserve.errors import ConfigError
-from jaxserve.models.families.bert import ENCODERS
+from jaxserve.models.families.bert import BERTS
 from jaxserve.models.families.bloom import BLOOM, FALCON
 from jaxserve.models.families.cohere import COHERE, COHERE2, GLM, GLM4, STABLELM
 from jaxserve.models.families.convert import Convert, converted, default_convert, generative_names
@@ -15,6 +15,7 @@ from jaxserve.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from jaxserve.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxserve.models.families.gpt import GPT2, GPT_BIGCODE, GPT_NEOX, GPTJ, STARCODER2
 from jaxserve.models.families.gpt_oss import GPT_OSS
+from jaxserve.models.families.gte import GTE, NOMIC_BERT
 from jaxserve.models.families.llama import LLAMA
 from jaxserve.models.families.llama4 import LLAMA4
 from jaxserve.models.families.mixtral import GRANITE_MOE, MIXTRAL, OLMOE, PHIMOE
@@ -31,6 +32,7 @@ from jaxserve.models.names import Family
 log = logging.getLogger(__name__)
 
 _QUANTIZATIONS = ("fp8", "mxfp4")
+ENCODERS = (*BERTS, GTE, NOMIC_BERT)
 
 FAMILIES = (
     LLAMA, MPT, *RELATIVES, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GPT2, GPT_BIGCODE, GPTJ, GPT_NEOX, STARCODER2, OPT, BLOOM,

@@ -11,6 +11,7 @@ from jaxserve.models.mlp_spec import MlpSpec
 from jaxserve.models.names import Family, Names, Stored, stored, with_leaves
 from jaxserve.models.spec import (
     AttentionSpec,
+    DistanceBuckets,
     LayerSpec,
     LearnedPositions,
     ModelSpec,
@@ -32,6 +33,24 @@ def roberta_spec(config: HfConfig) -> ModelSpec:
     return _encoder(config, LearnedPositions(num_rows=config.get("max_position_embeddings", 512), offset=offset), activation="tanh")
 
 
+def mpnet_spec(config: HfConfig) -> ModelSpec:
+    """RoBERTa without token types, whose heads have a bias for each bucket of distances, the same in all layers."""
+    count = config.get("relative_attention_num_buckets", 32)
+    if count != 32:  # which transformers' code does not read
+        raise ConfigError(f"relative_attention_num_buckets={count} is not supported; there is 32")
+    spec, offset = bert_spec(config), 2  # whatever pad_token_id says
+    attention = dataclasses.replace(
+        encoder_attention(spec.width, spec.layers[0].attention.num_kv_heads),
+        distance_buckets=DistanceBuckets(count=count, max_distance=128),
+    )
+    assert spec.positions is not None, "BERT has positions"
+    positions = dataclasses.replace(spec.positions, offset=offset)
+    return dataclasses.replace(
+        spec, layers=tuple(dataclasses.replace(layer, attention=attention) for layer in spec.layers), positions=positions, token_types=0,
+        max_len=positions.num_rows - offset,
+    )  # fmt: skip
+
+
 def distilbert_spec(config: HfConfig) -> ModelSpec:
     """BERT without token types, under keys of its own."""
     config.get("sinusoidal_pos_embds")  # how positions were initialized; they are stored all the same
@@ -42,12 +61,12 @@ def distilbert_spec(config: HfConfig) -> ModelSpec:
         width=config.require("hidden_dim", int), activation=parts.read_activation(config, "activation", "gelu"), bias=True, gated=False
     )
     norm = NormSpec(eps=1e-12, kind="layer", bias=True)
-    layer = LayerSpec(attention=_attention(width, num_heads), mlp=mlp, norm=norm, placement="post_sum")
+    layer = LayerSpec(attention=encoder_attention(width, num_heads), mlp=mlp, norm=norm, placement="post_sum")
     max_len = config.get("max_position_embeddings", 512)
     return ModelSpec(
         width=width, vocab_size=config.require("vocab_size", int), max_len=max_len, layers=(layer,) * config.require("n_layers", int),
         final_norm=None, tied=True, embed_norm=norm, positions=LearnedPositions(num_rows=max_len),
-        pool=_pool(config, width, activation="relu"),
+        pool=encoder_pool(config, width, activation="relu"),
     )  # fmt: skip
 
 
@@ -61,7 +80,7 @@ def modernbert_spec(config: HfConfig) -> ModelSpec:
         config.get(key)
     width = config.require("hidden_size", int)
     bias, norm = config.get("attention_bias", False), _modernbert_norm(config)
-    attention = dataclasses.replace(_attention(width, config.require("num_attention_heads", int)), qkv_bias=bias, out_bias=bias)
+    attention = dataclasses.replace(encoder_attention(width, config.require("num_attention_heads", int)), qkv_bias=bias, out_bias=bias)
     mlp = parts.read_mlp(config, activation="hidden_activation", default="gelu")
     every = config.get("global_attn_every_n_layers", 3)
     kinds = parts.read_layer_types(config, lambda i: i % every != 0)
@@ -122,18 +141,19 @@ def _encoder(config: HfConfig, positions: LearnedPositions, *, activation: str) 
         width=config.require("intermediate_size", int), activation=parts.read_activation(config, default="gelu"), bias=True, gated=False
     )
     norm = NormSpec(eps=config.get("layer_norm_eps", 1e-12), kind="layer", bias=True)
-    attention = _attention(width, config.require("num_attention_heads", int))
+    attention = encoder_attention(width, config.require("num_attention_heads", int))
     layer = LayerSpec(attention=attention, mlp=mlp, norm=norm, placement="post_sum")
     for key in ("tie_word_embeddings", "attention_probs_dropout_prob", "num_labels"):
         config.get(key)
     return ModelSpec(
         width=width, vocab_size=config.require("vocab_size", int), max_len=positions.num_rows - positions.offset,
         layers=(layer,) * parts.num_layers(config), final_norm=None, tied=True, embed_norm=norm, positions=positions,
-        token_types=config.get("type_vocab_size", 2), pool=_pool(config, width, activation=activation),
+        token_types=config.get("type_vocab_size", 2), pool=encoder_pool(config, width, activation=activation),
     )  # fmt: skip
 
 
-def _attention(width: int, num_heads: int) -> AttentionSpec:
+def encoder_attention(width: int, num_heads: int) -> AttentionSpec:
+    """Attention as BERT has it: every token sees all of its text; biases everywhere."""
     head_size = width // num_heads
     return AttentionSpec(
         num_heads=num_heads, num_kv_heads=num_heads, head_size=head_size, sm_scale=head_size**-0.5, rope=None, qkv_bias=True, out_bias=True,
@@ -141,7 +161,7 @@ def _attention(width: int, num_heads: int) -> AttentionSpec:
     )  # fmt: skip
 
 
-def _pool(config: HfConfig, width: int, *, activation: str) -> PoolSpec:
+def encoder_pool(config: HfConfig, width: int, *, activation: str) -> PoolSpec:
     """The first token's state, and with a classifier a layer between it and the labels."""
     if not config.architecture.endswith("ForSequenceClassification"):
         return PoolSpec(method="cls")
@@ -194,7 +214,21 @@ _DISTIL_LAYER = {
     "mlp.up": f"{_T}ffn.lin1",
     "mlp.down": f"{_T}ffn.lin2",
 }
-_NOT_LEARNT = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
+# What guesses masked words and next sentences in a checkpoint as it was pre-trained.
+PRETRAINED = (
+    "cls.predictions.bias",
+    "lm_head.bias",
+    *(
+        f"{at}.{leaf}"
+        for at in (
+            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.transform.layer_norm",
+            "cls.predictions.decoder", "cls.seq_relationship", "lm_head.dense", "lm_head.layer_norm", "lm_head.norm", "lm_head.decoder",
+            "vocab_transform", "vocab_layer_norm", "vocab_projector", "head.dense", "head.norm", "decoder",
+        )
+        for leaf in ("weight", "bias", "gamma", "beta")
+    ),
+)  # fmt: skip
+_NOT_LEARNT = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias", *PRETRAINED)
 
 _BERT_LAYER, _BERT_MODEL = _names("bert.", _LAYER, _MODEL, classifier=("bert.pooler.dense", "classifier"))
 BERT = Family(
@@ -210,6 +244,18 @@ _DISTIL_NAMES, _DISTIL_MODEL = _names("distilbert.", _DISTIL_LAYER, _MODEL, clas
 DISTILBERT = Family(
     architectures=("DistilBertModel", "DistilBertForSequenceClassification"),
     spec=distilbert_spec, layer_names=_DISTIL_NAMES, model_names=_DISTIL_MODEL, optional_prefix="distilbert.", ignored=_NOT_LEARNT,
+)  # fmt: skip
+_MPNET_LAYER = _LAYER | {
+    "attention_norm": f"{_L}attention.LayerNorm",
+    "attention.qkv": " ".join(f"{_L}attention.attn.{part}" for part in "qkv"),
+    "attention.out": f"{_L}attention.attn.o",
+}
+_MPNET_NAMES, _MPNET_MODEL = _names("mpnet.", _MPNET_LAYER, _MODEL, classifier=("classifier.dense", "classifier.out_proj"))
+MPNET = Family(
+    architectures=("MPNetModel", "MPNetForSequenceClassification"),
+    spec=mpnet_spec,
+    layer_names={**_MPNET_NAMES, "attention.distance_bias": stored("mpnet.encoder.relative_attention_bias.weight")},
+    model_names=_MPNET_MODEL, optional_prefix="mpnet.", ignored=_NOT_LEARNT,
 )  # fmt: skip
 _M = "model.layers.{i}."
 MODERNBERT = Family(
@@ -236,5 +282,6 @@ MODERNBERT = Family(
         }
     ),
     optional_prefix="model.",
+    ignored=PRETRAINED,
 )
-ENCODERS = (BERT, ROBERTA, DISTILBERT, MODERNBERT)
+BERTS = (BERT, ROBERTA, DISTILBERT, MPNET, MODERNBERT)

@@ -11,7 +11,7 @@ from jaxserve.models.names import Family, stored, with_leaves
 from jaxserve.models.spec import ModelSpec, PoolLayerSpec, PoolSpec
 
 Convert = Literal["none", "embed", "classify"]
-_CLASSIFIER = "ForSequenceClassification"
+_CLASSIFIER, _MASKED = "ForSequenceClassification", "ForMaskedLM"
 
 
 def converted(family: Family, convert: Convert) -> Family:
@@ -37,6 +37,8 @@ def default_convert(architecture: str) -> Convert:
 
 
 def generative_names(architecture: str) -> tuple[str, ...]:
-    """What the decoder may be called of which this is the bare model or a classifier."""
+    """What the decoder may be called of which this is the bare model or a classifier; the encoder of which this is a masked one."""
+    if architecture.endswith(_MASKED):
+        return (f"{architecture.removesuffix(_MASKED)}Model",)
     stem = architecture.removesuffix(_CLASSIFIER) if architecture.endswith(_CLASSIFIER) else architecture.removesuffix("Model")
     return architecture, f"{stem}ForCausalLM", f"{stem}LMHeadModel"

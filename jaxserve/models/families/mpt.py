@@ -87,7 +87,8 @@ def _attention(config: HfConfig, width: int, max_len: int, norm: NormSpec, *, bi
         sm_scale=options.get("softmax_scale", 0.0) or 1 / math.sqrt(head_size),
         rope=_rope(options, head_size, max_len) if rope else None, qkv_bias=bias, out_bias=bias, clip=options.get("clip_qkv", 0.0) or None,
         qk_norm=QkNormSpec(norm=norm, over="head" if over_heads else "width") if over_heads or over_width else None,
-        window=window if window > 0 else None, softcap=options.get("attn_logit_softcapping", 0.0) or None,
+        # The key counts the tokens before a query's own, as flash-attention does.
+        window=window + 1 if window >= 0 else None, softcap=options.get("attn_logit_softcapping", 0.0) or None,
         alibi_slopes=alibi_slopes(num_heads, alibi_bias_max) if alibi else None,
     )  # fmt: skip
 

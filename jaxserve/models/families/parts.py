@@ -20,6 +20,7 @@ from jaxserve.models.spec import (
     LongRopeScaling,
     ModelSpec,
     NormSpec,
+    NtkScaling,
     RopeScaling,
     RopeSpec,
     YarnScaling,
@@ -90,8 +91,10 @@ def _scaling(config: HfConfig, rope: Mapping[str, Any], dim: int) -> RopeScaling
             return _yarn(rope, max_len)
         case "longrope" | "su":
             return _longrope(config, rope, dim, max_len)
+        case "ntk":
+            return NtkScaling(factor=float(rope["factor"]), exponent=float(rope.get("mixed_b", 1.0)))
         case kind:
-            raise ConfigError(f"rope_type={kind!r} is not supported; there are default, linear, dynamic, llama3, yarn, longrope")
+            raise ConfigError(f"rope_type={kind!r} is not supported; there are default, linear, dynamic, llama3, yarn, longrope, ntk")
 
 
 def _yarn(rope: Mapping[str, Any], max_len: int) -> YarnScaling:
