@@ -121,6 +121,12 @@ INPUTS: tuple[dict[str, Any], ...] = (
     {"messages": [_USER]},
 )
 
+CLASSIFY: tuple[dict[str, Any], ...] = (
+    {"input": "Rome is sunny."},
+    {"input": [[5, 17, 300], [5, 18]], "truncate_prompt_tokens": -1},
+    {"messages": [_USER]},
+)
+
 SCORE: tuple[dict[str, Any], ...] = (
     {"queries": "What is the weather in Rome?", "documents": ["Rome is sunny.", "Oslo is not."]},
     {"text_1": ["a", "b"], "text_2": ["c", "d"]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from jaxserve.api.fields import Fields
@@ -11,6 +11,7 @@ from jaxserve.api.json_door import is_array, is_object, json_type
 from jaxserve.api.parameters import check_parameters
 from jaxserve.api.prompts import read_cache_salt, read_prompts, read_request_id, read_truncation
 from jaxserve.api.protocol import Rendering, read_rendering
+from jaxserve.api.vectors_encoding import Encoding, read_encoding
 
 MAX_INPUTS = 2048
 MAX_PROMPT_NAME_CHARS = 128
@@ -27,6 +28,8 @@ _INPUTS = _COMMON | frozenset(
         "reasoning_effort", "tools", "tool_choice", "prompt_name", "dimensions", "encoding_format", "embed_dtype", "endianness", "task",
     }
 )  # fmt: skip
+# Probabilities of labels have names beside them: they are JSON in any case.
+NOT_OF_CLASSES = frozenset({"encoding_format", "embed_dtype", "endianness", "dimensions"})
 _PAIRS = _COMMON | {"max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs"}
 _SIDES = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"), ("queries", "items"))
 _RERANK = _PAIRS | {"query", "documents", "top_n", "return_documents"}
@@ -65,7 +68,7 @@ class InputsRequest:
     add_special_tokens: bool
     prompt_name: str | None
     dimensions: int | None
-    encoding: Literal["float", "base64"]
+    encoding: Encoding
     task: str | None
 
 
@@ -90,9 +93,14 @@ class PairsRequest:
     return_documents: bool = True
 
 
-def read_inputs(fields: Fields, *, vocab_size: int, max_len: int) -> InputsRequest:
-    """Read texts whose vectors are wanted. Raises: UserError naming the field at fault."""
-    check_parameters(fields, _INPUTS)
+def read_inputs(fields: Fields, *, vocab_size: int, max_len: int, foreign: Collection[str] = ()) -> InputsRequest:
+    """Read texts whose vectors are wanted.
+
+    Args:
+      foreign: names that the route has no use for.
+    Raises: UserError naming the field at fault.
+    """
+    check_parameters(fields, _INPUTS.difference(foreign), foreign)
     inputs: list[str] | list[list[int]] | Rendering
     if fields.given("messages"):
         if fields.given("input"):
@@ -101,13 +109,10 @@ def read_inputs(fields: Fields, *, vocab_size: int, max_len: int) -> InputsReque
         inputs = dataclasses.replace(read_rendering(fields), add_generation_prompt=begin)
     else:
         inputs = read_prompts(fields, "input", max_items=MAX_INPUTS, vocab_size=vocab_size, max_len=max_len)
-    fields.text("embed_dtype", "float32", choices=("float32",))
-    fields.text("endianness", "native", choices=("native", "little"))
-    encoding = fields.text("encoding_format", "float", choices=("float", "base64"))
     return InputsRequest(
         options=_options(fields), inputs=inputs, add_special_tokens=fields.flag("add_special_tokens", not isinstance(inputs, Rendering)),
         prompt_name=fields.text("prompt_name", None, max_chars=MAX_PROMPT_NAME_CHARS),
-        dimensions=fields.integer("dimensions", None, low=1, high=2**31 - 1), encoding="base64" if encoding == "base64" else "float",
+        dimensions=fields.integer("dimensions", None, low=1, high=2**31 - 1), encoding=read_encoding(fields),
         task=fields.text("task", None, choices=("embed", "classify")),
     )  # fmt: skip
 
