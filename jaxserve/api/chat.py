@@ -91,20 +91,21 @@ class ChatPrinter(ChunkPrinter):
             events += self._chunk(index, {}, **extras, finish_reason=reason, stop_reason=output.stop_reason)
         return events
 
+    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """One choice of an answer that is not streamed."""
+        self._usage.see(index, output)
+        return {
+            "index": index,
+            "message": _message(self._readers[index].parts(output), self._echo, self._legacy),
+            "logprobs": None,
+            **self._extras(output),
+            "finish_reason": self._readers[index].finish_reason(output.finish_reason),
+            "stop_reason": output.stop_reason,
+        }
+
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The body of an answer that is not streamed."""
-        choices: list[dict[str, Any]] = []
-        for index, output in enumerate(outputs):
-            self._usage.see(index, output)
-            choice: dict[str, Any] = {
-                "index": index,
-                "message": _message(self._readers[index].parts(output), self._echo, self._legacy),
-                "logprobs": None,
-                **self._extras(output),
-                "finish_reason": self._readers[index].finish_reason(output.finish_reason),
-                "stop_reason": output.stop_reason,
-            }
-            choices.append(choice)
+        choices = [self.choice(index, output) for index, output in enumerate(outputs)]
         answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.total()}
         if self._options.params.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs or (), self._options.params.prompt_logprobs, self._names)

@@ -1,4 +1,4 @@
-"""POST /v1/completions, whole or streamed: up to 64 prompts of text or token ids, each answered n times, with echo for scoring."""
+"""POST /v1/completions, whole or streamed: prompts of text or token ids, each answered n times, with echo for scoring."""
 
 from __future__ import annotations
 

@@ -40,6 +40,17 @@ CHAT: tuple[dict[str, Any], ...] = (
     {"messages": [_USER], "functions": [{"name": "weather", "parameters": _SCHEMA}], "function_call": "auto"},
 )
 
+CHAT_BATCH: tuple[dict[str, Any], ...] = (
+    {"messages": [[_USER]]},
+    {
+        "messages": [[_USER], [{"role": "user", "content": "What is the weather in Oslo?"}]],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "place", "schema": _SCHEMA, "strict": True}},
+        "logit_bias": {"42": -1.5},
+        "documents": [{"title": "Rome", "text": "Rome is sunny."}],
+    },
+    {"messages": [[_USER]], "structured_outputs": {"regex": "(yes|no)"}},
+)
+
 COMPLETION: tuple[dict[str, Any], ...] = (
     {"prompt": "The capital of Italy is"},
     {"prompt": [[5, 17, 300]], "max_tokens": 8, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
