@@ -171,7 +171,8 @@ class SamplingParams:
       thinking_token_budget: most tokens of reasoning, then its end is forced; None and -1 mean no limit.
       skip_special_tokens: leave special tokens out of the text.
       shown_special_ids: special tokens that stay in the text all the same, as whoever reads it looks for them.
-      structured_outputs: what the answer must look like; when it is complete, the answer ends whatever min_tokens and ignore_eos say.
+      structured_outputs: what the answer must look like; when it is complete, the end of sequence follows, and counts, whatever
+        min_tokens and ignore_eos say.
     Raises: UserError naming the field, on a value out of range.
     """
 
