@@ -264,6 +264,10 @@ class UsageCount:
         if index % self._n == 0:
             self._cached[index // self._n] = max(0, output.num_cached_tokens)
 
+    def before(self, index: int) -> dict[str, Any]:
+        """Usage of one choice before its first token."""
+        return _usage(self._prompts[index // self._n], 0, self._cached[index // self._n])
+
     def of(self, index: int) -> dict[str, Any]:
         """Usage of one choice so far."""
         return _usage(self._prompts[index // self._n], self._sampled[index], self._cached[index // self._n])

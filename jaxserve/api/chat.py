@@ -112,9 +112,10 @@ class ChatPrinter(ChunkPrinter):
         return orjson.dumps(answer | self._prompt)
 
     def _first(self, index: int) -> bytes:
-        top = None if any(self._begun) else self._prompt
-        events = self._chunk(index, {"role": "assistant", "content": ""}, top=top)
-        return events + (self._chunk(index, {"content": self._echo}) if self._echo else b"")
+        """What comes before any token, with the usage that was until then."""
+        usage: dict[str, Any] = {"usage": self._usage.before(index)} if self._options.continuous_usage else {}
+        events = self._chunk(index, {"role": "assistant", "content": ""}, top=usage if any(self._begun) else self._prompt | usage)
+        return events + (self._chunk(index, {"content": self._echo}, top=usage) if self._echo else b"")
 
     def _extras(self, output: RequestOutput) -> dict[str, Any]:
         extras: dict[str, Any] = {}
@@ -126,14 +127,10 @@ class ChatPrinter(ChunkPrinter):
         return extras
 
     def _chunk(self, index: int, delta: dict[str, Any], *, top: dict[str, Any] | None = None, **choice: Any) -> bytes:
-        body = {
-            **self._head,
-            "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **choice}],
-            **(top or {}),
-        }
+        body = {**self._head, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **choice}]}
         if self._options.continuous_usage:
             body["usage"] = self._usage.of(index)
-        return frame(orjson.dumps(body))
+        return frame(orjson.dumps(body | (top or {})))
 
 
 def _delta(part: Part, legacy: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import parse_object
 from jaxserve.api.operation import Body, Operation
+from jaxserve.api.parameters import UNSUPPORTED_CODE
 from jaxserve.api.protocol import Rendering
 from jaxserve.api.turn import render_prompt
 from jaxserve.api.vectors_request import (
@@ -37,7 +38,8 @@ from jaxserve.api.wire import INLINE_BYTES, INLINE_CHARS, off_loop, send_bytes, 
 from jaxserve.errors import EngineUnavailableError, UserError
 from jaxserve.pooling import Pooling, Vector
 from jaxserve.request import RequestOutput
-from jaxserve.text.vectors import ScorePlan, TextOptions, VectorInput, cut_ids, encode_text
+from jaxserve.text.chat import render_pair
+from jaxserve.text.vectors import Render, ScorePlan, TextOptions, VectorInput, cut_ids, encode_text
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine, OutputStream
@@ -235,11 +237,22 @@ class PairsEndpoint(VectorsEndpoint):
             if most is None:
                 _check_texts(field, given, options, served)
         chars = sum(map(len, request.queries)) + sum(map(len, request.documents))
-        make = functools.partial(ScorePlan, served.tokenizer, pooling, request.queries, request.documents, texts, request.names)
-        plan = await off_loop(chars > INLINE_CHARS, make)
+        render = self._render(request, served, pooling)
+        make = functools.partial(ScorePlan, served.tokenizer, pooling, request.queries, request.documents, texts, request.names, render)
+        plan = await off_loop(chars > INLINE_CHARS or render is not None, make)
         outputs = await self.run(plan.inputs, options, receive)
         scores = plan.scores([_vector(output) for output in outputs], use_activation=options.use_activation)
         await send_json(send, self.whole(name, request, scores, _usage(outputs)))
+
+    def _render(self, request: PairsRequest, served: ServedModel, pooling: Pooling) -> Render | None:
+        """What pairs are printed with: as in vLLM only a template that the server was started with, as those of models are for chats."""
+        if self.engine.config.model.chat_template is not None and pooling.task == "classify":
+            return functools.partial(render_pair, served.chat, kwargs=request.template_kwargs)
+        if request.template_kwargs:
+            name = "instruction" if "instruction" in request.template_kwargs else "chat_template_kwargs"
+            message = f"{name} is for classifiers on servers with a template for pairs (--chat-template); this one prints them without"
+            raise UserError(name, message, code=UNSUPPORTED_CODE)
+        return None
 
     def whole(self, name: str, request: PairsRequest, scores: list[float], usage: dict[str, int]) -> dict[str, Any]:
         """The answer."""

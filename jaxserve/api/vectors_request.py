@@ -10,7 +10,7 @@ from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import is_array, is_object, json_type
 from jaxserve.api.parameters import check_parameters
 from jaxserve.api.prompts import read_cache_salt, read_prompts, read_request_id, read_truncation
-from jaxserve.api.protocol import Rendering, read_rendering
+from jaxserve.api.protocol import Rendering, read_rendering, read_template_kwargs
 from jaxserve.api.vectors_encoding import Encoding, read_encoding
 
 MAX_INPUTS = 2048
@@ -79,6 +79,7 @@ class PairsRequest:
     Args:
       names: what the body calls queries and documents.
       max_query, max_document: tokens of each text to keep.
+      template_kwargs: variables for the template that pairs are printed with.
       top_n: the best so many results alone; 0 is all.
       return_documents: show the documents' texts in the results.
     """
@@ -89,6 +90,7 @@ class PairsRequest:
     names: tuple[str, str]
     max_query: int | None
     max_document: int | None
+    template_kwargs: dict[str, Any]
     top_n: int = 0
     return_documents: bool = True
 
@@ -149,9 +151,8 @@ def _options(fields: Fields) -> VectorOptions:
 
 
 def _pairs(fields: Fields, queries: list[str], documents: list[str], names: tuple[str, str]) -> PairsRequest:
-    for name in ("instruction", "chat_template_kwargs"):
-        if fields.given(name):
-            raise fields.error(name, "is not supported here: pairs are not rendered by a template", code="unsupported_parameter")
+    instruction = fields.text("instruction", None)
+    kwargs = read_template_kwargs(fields) | ({} if instruction is None else {"instruction": instruction})
     limits = [fields.integer(name, 0, low=0, high=2**31 - 1) for name in ("max_tokens_per_query", "max_tokens_per_doc")]
     return PairsRequest(
         options=_options(fields),
@@ -160,6 +161,7 @@ def _pairs(fields: Fields, queries: list[str], documents: list[str], names: tupl
         names=names,
         max_query=limits[0] or None,
         max_document=limits[1] or None,
+        template_kwargs=kwargs,
     )
 
 

@@ -346,6 +346,22 @@ def test_texts_of_pairs_are_cut(scorer: Client) -> None:
     )
 
 
+def test_pairs_are_printed_by_a_template_that_the_server_was_started_with(error_of: ErrorOf) -> None:
+    pooling = Pooling(task="classify", width=1, activation="identity")
+    engine = VectorEngine(pooling, chat_template="{{ messages }}")
+    client = Client(engine)
+    body = {"queries": "abcdef", "documents": ["g", "hij"], "max_tokens_per_query": 2, "max_tokens_per_doc": 2}
+    kwargs = {"chat_template_kwargs": {"tone": "dry"}, "instruction": "find it"}
+    assert client.post("/score", {**body, **kwargs}).status_code == 200
+    assert [bytes(ids[1:]) for ids in engine.inputs] == [b"<query>ab\n<document>g\n", b"<query>ab\n<document>hi\n"]
+    assert [call["kwargs"] for call in engine.chat.calls] == [{"tone": "dry", "instruction": "find it"}] * 2
+    assert client.post("/rerank", {"query": "a", "documents": ["b"]}).json()["results"][0]["relevance_score"] == 22.0
+    without = Client(VectorEngine(pooling))
+    for name in kwargs:
+        refused = without.post("/score", {**body, name: kwargs[name]})
+        assert (refused.status_code, error_of(refused)["param"]) == (400, name)
+
+
 def test_embeddings_score_by_their_angle(embedder: Client) -> None:
     scores = [entry["score"] for entry in embedder.post("/score", {"queries": "ab", "documents": ["ab", "zz"]}).json()["data"]]
     assert scores[0] < 1  # the query has its prompt
