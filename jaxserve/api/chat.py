@@ -58,6 +58,8 @@ class ChatPrinter(ChunkPrinter):
         if request.return_prompt_text:
             self._prompt["prompt_text"] = turn.prompt_text
         self._names = TokenNames(turn.served.tokenizer, as_ids=options.tokens_as_ids)
+        # Reasoning is counted by tokenizing it again, as in /v1/responses.
+        self._tokenizer = turn.served.tokenizer if reading is not None and reading.reasoning is not None else None
         last = request.rendering.messages[-1]
         self._echo = plain_text(last["content"]) if options.echo and last["role"] == "assistant" else ""
         self._legacy = request.rendering.choice.legacy
@@ -106,10 +108,23 @@ class ChatPrinter(ChunkPrinter):
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The body of an answer that is not streamed."""
         choices = [self.choice(index, output) for index, output in enumerate(outputs)]
-        answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.total()}
+        answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self.total()}
         if self._options.params.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs or (), self._options.params.prompt_logprobs, self._names)
         return orjson.dumps(answer | self._prompt)
+
+    @property
+    def ends_heavily(self) -> bool:
+        """Whether there is much reasoning to be counted."""
+        return self._options.include_usage and sum(len(text) for reader in self._readers for text in reader.thoughts) > INLINE_CHARS
+
+    def total(self) -> dict[str, Any]:
+        """Usage of all choices, with that of their reasoning where the model's can be told from the rest."""
+        usage = self._usage.total()
+        if self._tokenizer is not None:
+            counts = [len(self._tokenizer.encode("".join(reader.thoughts), add_special_tokens=False)) for reader in self._readers]
+            usage["completion_tokens_details"] = {"reasoning_tokens": min(sum(counts), usage["completion_tokens"])}
+        return usage
 
     def _first(self, index: int) -> bytes:
         """What comes before any token, with the usage that was until then."""

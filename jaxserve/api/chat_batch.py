@@ -111,10 +111,16 @@ def read_batch(fields: Fields) -> list[ChatRequest]:
 def _whole(requests: Sequence[ChatRequest], turns: Sequence[Turn], outputs: Sequence[RequestOutput]) -> bytes:
     """The body of the answer."""
     options = requests[0].options
-    usage = UsageCount([len(turn.prompt_ids) for turn in turns], 1)
     choices: list[dict[str, Any]] = []
+    usage = UsageCount([len(turn.prompt_ids) for turn in turns], 1)
+    details: list[dict[str, int]] = []
     for index, (request, turn, output) in enumerate(zip(requests, turns, outputs, strict=True)):
         usage.see(index, output)
-        choices.append({**ChatPrinter(request, turn).choice(0, output), "index": index})
+        printer = ChatPrinter(request, turn)
+        choices.append({**printer.choice(0, output), "index": index})
+        details.append(printer.total().get("completion_tokens_details", {}))
     head = answer_head("chatcmpl", options.request_id, "chat.completion", turns[0].name)
-    return orjson.dumps({**head, "choices": choices, "usage": usage.total()})
+    total = usage.total()
+    if details[0]:
+        total["completion_tokens_details"] = {name: sum(each[name] for each in details) for name in details[0]}
+    return orjson.dumps({**head, "choices": choices, "usage": total})
