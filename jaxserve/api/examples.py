@@ -45,6 +45,7 @@ CHAT_BATCH: tuple[dict[str, Any], ...] = (
     {
         "messages": [[_USER], [{"role": "user", "content": "What is the weather in Oslo?"}]],
         "response_format": {"type": "json_schema", "json_schema": {"name": "place", "schema": _SCHEMA, "strict": True}},
+        "max_completion_tokens": 100,
         "logit_bias": {"42": -1.5},
         "documents": [{"title": "Rome", "text": "Rome is sunny."}],
     },

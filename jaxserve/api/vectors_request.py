@@ -152,7 +152,7 @@ def _options(fields: Fields) -> VectorOptions:
 
 def _pairs(fields: Fields, queries: list[str], documents: list[str], names: tuple[str, str]) -> PairsRequest:
     instruction = fields.text("instruction", None)
-    kwargs = read_template_kwargs(fields) | ({} if instruction is None else {"instruction": instruction})
+    kwargs = ({} if instruction is None else {"instruction": instruction}) | read_template_kwargs(fields)
     limits = [fields.integer(name, 0, low=0, high=2**31 - 1) for name in ("max_tokens_per_query", "max_tokens_per_doc")]
     return PairsRequest(
         options=_options(fields),

@@ -355,6 +355,9 @@ def test_pairs_are_printed_by_a_template_that_the_server_was_started_with(error_
     assert client.post("/score", {**body, **kwargs}).status_code == 200
     assert [bytes(ids[1:]) for ids in engine.inputs] == [b"<query>ab\n<document>g\n", b"<query>ab\n<document>hi\n"]
     assert [call["kwargs"] for call in engine.chat.calls] == [{"tone": "dry", "instruction": "find it"}] * 2
+    outranked = {"chat_template_kwargs": {"instruction": "no"}, "instruction": "yes"}
+    assert client.post("/score", {**body, **outranked}).status_code == 200
+    assert engine.chat.calls[-1]["kwargs"] == {"instruction": "no"}  # as in vLLM
     assert client.post("/rerank", {"query": "a", "documents": ["b"]}).json()["results"][0]["relevance_score"] == 22.0
     without = Client(VectorEngine(pooling))
     for name in kwargs:
