@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.api.answers import Running, UsageCount, answer_head
+from jaxserve.api.answers import Running, UsageCount, answer_head, with_usage
 from jaxserve.api.chunks import ChunkPrinter
 from jaxserve.api.conversation import plain_text
 from jaxserve.api.endpoint import JsonEndpoint
@@ -33,6 +34,7 @@ class ChatEndpoint(JsonEndpoint):
     async def answer(self, body: bytes, receive: Receive, send: Send) -> None:
         """Answer one chat request."""
         request = await off_loop(len(body) > INLINE_BYTES, lambda: decode_chat(body))
+        request = dataclasses.replace(request, options=with_usage(request.options, self.engine.config))
         turn = await begin_turn(self.engine, request)
         printer = ChatPrinter(request, turn)
         async with Running(receive, turn.streams) as running:

@@ -128,6 +128,16 @@ def test_continuous_usage_is_in_every_chunk(client: Client, events: Events) -> N
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_server_may_tell_usage_whether_asked_or_not(make_client: Callable[..., Client], events: Events, path: str) -> None:
+    client = make_client(enable_force_include_usage=True)
+    prompt = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    chunks = events(client.post(path, {**prompt, "stream": True, "max_tokens": 2}).content)
+    assert all("usage" in chunk for chunk in chunks)
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 2)
+    assert client.post(path, {**prompt, "max_tokens": 2}).json()["usage"]["completion_tokens"] == 2
+
+
 def test_messages_of_every_role_reach_the_template_in_its_terms(client: Client, engine: ScriptedEngine) -> None:
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
