@@ -155,7 +155,10 @@ def test_preempted_answers_keep_their_form() -> None:
 
 
 def test_complete_answer_ends_with_the_end_of_sequence() -> None:
+    llm = engine()
+    counted = llm.metrics.generation_tokens._value.get()
     output = answer(StructuredOutputs(choice=["x"]), logprobs=2)
+    assert llm.metrics.generation_tokens._value.get() == counted + 2
     assert (output.text, output.finish_reason, output.stop_reason, output.token_ids[1:]) == ("x", "stop", None, [0])
     end = output.logprobs[1]
     assert [(token, entry.logprob, entry.rank) for token, entry in end.items()] == [(0, 0.0, 1), (1, -math.inf, 2)]
@@ -164,6 +167,8 @@ def test_complete_answer_ends_with_the_end_of_sequence() -> None:
     # As in vLLM, whose models sample it: without room for it the answer was cut off by its length.
     cut = answer(StructuredOutputs(choice=["x"]), max_tokens=1)
     assert (cut.text, cut.finish_reason, len(cut.token_ids)) == ("x", "length", 1)
+    check_scheduler(core(llm)._scheduler)
+    assert core(llm)._scheduler.usage == 0
 
 
 def test_end_of_sequence_is_allowed_exactly_where_the_form_is_complete() -> None:
