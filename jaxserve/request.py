@@ -26,7 +26,7 @@ MAX_BAD_WORDS = 128  # after tokenization, where a word is most often two: with 
 MAX_BAD_WORD_TOKENS = 32
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN_TOKENS = 4096
-MAX_N = 1024
+MAX_N = 256
 _MOST = 2**31 - 1
 RANGES: Mapping[str, tuple[float, float]] = {
     "max_tokens": (0, _MOST), "min_tokens": (0, _MOST), "top_k": (0, _MOST), "n": (1, MAX_N), "seed": (-(2**63), 2**63 - 1),

@@ -32,7 +32,7 @@ from jaxserve.request import RequestOutput
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine
 
-MAX_CONVERSATIONS = 1024
+MAX_CONVERSATIONS = 256
 # What chat requests take and these do not: name -> the value with which it asks for nothing.
 _NEUTRAL: Mapping[str, Any] = {
     "stream": False, "stream_options": {}, "stream_interval": 1, "n": 1, "use_beam_search": False, "tools": [], "tool_choice": "none",

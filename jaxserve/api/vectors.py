@@ -64,7 +64,10 @@ def vectors_operations(engine: AsyncEngine) -> list[Operation]:
     read = functools.partial(read_inputs, vocab_size=_ANY, max_len=_ANY)
 
     def make(path: str, handler: VectorsEndpoint, summary: str, body: Body) -> Operation:
-        return Operation(path=path, methods=("POST",), handler=handler, summary=summary, tag="pooling", body=body)
+        may_be_bytes = isinstance(handler, InputsEndpoint) and "encoding_format" not in handler.foreign
+        return Operation(
+            path=path, methods=("POST",), handler=handler, summary=summary, tag="pooling", body=body, may_be_bytes=may_be_bytes
+        )  # fmt: skip
 
     inputs = Body(read, examples.INPUTS, by_hand=_BY_HAND)
     classes = functools.partial(read, foreign=NOT_OF_CLASSES)

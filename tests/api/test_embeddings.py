@@ -173,6 +173,9 @@ def test_bytes_hold_the_numbers_in_the_type_and_order_that_is_asked_for(
     text = vectors_of(embedder.post(EMBEDDINGS, {**body, "encoding_format": "base64"}))
     assert b"".join(base64.b64decode(str(each)) for each in text) == response.content
     assert embedder.post("/pooling", {**body, "encoding_format": "bytes_only"}).status_code == 200
+    paths = embedder.get("/openapi.json").json()["paths"]
+    described = {path for path in paths if "application/octet-stream" in str(paths[path].get("post", {}).get("responses", {}).get("200"))}
+    assert described == {EMBEDDINGS, "/pooling"}
 
 
 def test_dimensions_activation_and_prompt_reach_the_model(embedder: Client) -> None:

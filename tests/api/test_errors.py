@@ -16,7 +16,7 @@ USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 COMMON: list[tuple[str, Any]] = [
-    ("model", 1), ("model", ["x"]), ("stream", "yes"), ("stream", 1), ("n", 0), ("n", 1025), ("n", 10**15), ("n", 1.5), ("n", True),
+    ("model", 1), ("model", ["x"]), ("stream", "yes"), ("stream", 1), ("n", 0), ("n", 257), ("n", 10**15), ("n", 1.5), ("n", True),
     ("n", "2"),
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True), ("temperature", [1]),
     ("top_p", 0), ("top_p", 1.1), ("top_p", -1), ("top_k", -2), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("min_p", 2),

@@ -38,7 +38,7 @@ def nested(depth: int) -> Any:
 
 
 REFUSED = {
-    "r1 n": completion(n=1025),
+    "r1 n": completion(n=257),
     "r1 n huge": completion(n=10**9),
     "r1 n of chat": chat(n=10**18),
     "r1 n negative": chat(n=-1),
