@@ -17,10 +17,12 @@ from typing import Any, Literal
 from jaxserve.config import DEFAULT_MODEL, make_config
 from jaxserve.engine.async_engine import AsyncEngine, OutputStream
 from jaxserve.engine.load import ServedModel
+from jaxserve.engine.vectors import PoolingOutput, PoolingResult, input_of, pooling_of, result_of
 from jaxserve.errors import ConfigError, EngineUnavailableError, UserError
 from jaxserve.llm import Message, Prompt, ids_of, render_chat, text_of
 from jaxserve.metrics import Figure, HistogramFigure
 from jaxserve.outputs import RequestResult, make_result
+from jaxserve.pooling import PoolingParams, PoolingTask
 from jaxserve.request import RequestOutput, SamplingParams, merge_outputs
 
 _LAST_STEP_S = 5.0
@@ -96,7 +98,26 @@ class AsyncLLM:
         ids = self._served.tokenizer.encode(text, add_special_tokens=False)
         return self._stream(text, ids, sampling_params or SamplingParams(**self._served.defaults), request_id, priority, cache_salt)
 
-    def abort(self, request_id: str) -> None:
+    async def encode(
+        self, prompt: Prompt, pooling_params: PoolingParams | None = None, request_id: str | None = None, *, priority: int = 0,
+        cache_salt: str | None = None, pooling_task: PoolingTask | None = None,
+    ) -> AsyncIterator[PoolingResult[PoolingOutput]]:  # fmt: skip
+        """What a model of vectors gives for a prompt, as the only result; see LLM.encode."""
+        served, params = self._served, pooling_params or PoolingParams()
+        pooling_of(served, pooling_task)
+        text = text_of(prompt)
+        given = input_of(served, ids_of(served, prompt) if text is None else text, params)
+        stream = self.engine.submit_pooling(given.ids, second_at=given.second_at, priority=priority, cache_salt=cache_salt)
+        stream.name = request_id
+        try:
+            async for output in stream:
+                _check(output)
+                if output.pooled is not None:
+                    yield result_of(served, given, output, params, lambda vector: PoolingOutput(vector.tolist()))
+        finally:
+            stream.abort()
+
+    async def abort(self, request_id: str) -> None:
         """End requests of this id with what they have; their readers get the finish reason "abort"."""
         self.engine.cut_short({request_id})
 

@@ -166,6 +166,8 @@ class BatchRunner:
             return f"url is {url!r:.80}; it must be one of {', '.join(sorted(self._urls))}"
         if not is_object(body):
             return "body must be an object"
+        if body.get("encoding_format") in ("bytes", "bytes_only"):
+            return "body.encoding_format must be float or base64: an answer is a line of JSON"
         return "body.stream must not be true: an answer is one line" if body.get("stream") else None
 
     async def _call(self, path: str, body: bytes) -> tuple[int, dict[bytes, bytes], bytes]:

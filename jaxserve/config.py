@@ -164,6 +164,7 @@ class ServerConfig:
         "auto", "none", "deepseek_r1", "gemma", "glm45", "gpt-oss", "granite", "mistral", "openai_gptoss", "qwen3"
     ] = _option("auto", "format of the model's reasoning; auto: as its chat template tells")  # fmt: skip
     enable_auto_tool_choice: bool = _option(True, "let the model decide whether to call a tool; off: such requests get 400")
+    enable_force_include_usage: bool = _option(False, "streams of chats and completions tell usage in every chunk, asked for or not")
     cors_origins: tuple[str, ...] = _option((), "origins allowed by CORS, comma-separated; default: CORS is off")
     root_path: str | None = _option(None, "prefix that a proxy leaves on paths, such as /llm; taken off them")
     ssl_keyfile: str | None = _option(None, "PEM file of the private key; with --ssl-certfile the server speaks HTTPS")

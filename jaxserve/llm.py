@@ -17,9 +17,9 @@ from jaxserve.engine.vectors import ClassificationOutput, EmbeddingOutput, Pooli
 from jaxserve.errors import QueueFullError, UserError
 from jaxserve.metrics import Figure, HistogramFigure, Metrics
 from jaxserve.outputs import RequestResult, make_result
-from jaxserve.pooling import PoolingParams
+from jaxserve.pooling import PoolingParams, PoolingTask
 from jaxserve.request import Request, RequestOutput, SamplingParams, merge_outputs
-from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.chat import ChatTemplate, render_pair
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -147,18 +147,33 @@ class LLM:
         return self._vectors(use_tqdm).classify(_inputs(prompts), pooling_params or PoolingParams())
 
     def encode(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling_params: PoolingParams | None = None, use_tqdm: bool = True
-    ) -> list[PoolingResult[PoolingOutput]]:
-        """What the model gives for each prompt: embeddings or probabilities."""
-        return self._vectors(use_tqdm).encode(_inputs(prompts), pooling_params or PoolingParams())
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None, *, use_tqdm: bool = True,
+        pooling_task: PoolingTask | None = None,
+    ) -> list[PoolingResult[PoolingOutput]]:  # fmt: skip
+        """What the model gives for each prompt: embeddings or probabilities, or an error if that is not the task."""
+        return self._vectors(use_tqdm).encode(_inputs(prompts), pooling_params or PoolingParams(), pooling_task)
 
     def score(
         self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, pooling_params: PoolingParams | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool = True, chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingResult[ScoringOutput]]:  # fmt: skip
-        """How well texts go together, one with many or pair by pair, by a cross-encoder or by the angle between embeddings."""
+        """How well texts go together, one with many or pair by pair, by a cross-encoder or by the angle between embeddings.
+
+        Args:
+          chat_template: prints a classifier's pairs, as messages of the roles query and document.
+          chat_template_kwargs: its variables, such as an instruction.
+        """
         first, second = ([data] if isinstance(data, str) else list(data) for data in (data_1, data_2))
-        return self._vectors(use_tqdm).score(first, second, pooling_params or PoolingParams())
+        if chat_template is None and chat_template_kwargs:
+            raise UserError("chat_template_kwargs", "chat_template_kwargs needs a chat_template")
+        render = None
+        if chat_template is not None:
+            render = functools.partial(render_pair, ChatTemplate(chat_template, self.tokenizer), kwargs=dict(chat_template_kwargs or {}))
+        return self._vectors(use_tqdm).score(first, second, pooling_params or PoolingParams(), render)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes."""
+        return self._engine.reset_prefix_cache(preempt=False)
 
     def _vectors(self, use_tqdm: bool) -> Vectors:
         return Vectors(self._served, self._admission, lambda requests: self._drive(requests, use_tqdm=use_tqdm))

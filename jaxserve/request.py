@@ -26,7 +26,7 @@ MAX_BAD_WORDS = 128  # after tokenization, where a word is most often two: with 
 MAX_BAD_WORD_TOKENS = 32
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN_TOKENS = 4096
-MAX_N = 16
+MAX_N = 256
 _MOST = 2**31 - 1
 RANGES: Mapping[str, tuple[float, float]] = {
     "max_tokens": (0, _MOST), "min_tokens": (0, _MOST), "top_k": (0, _MOST), "n": (1, MAX_N), "seed": (-(2**63), 2**63 - 1),
@@ -171,7 +171,8 @@ class SamplingParams:
       thinking_token_budget: most tokens of reasoning, then its end is forced; None and -1 mean no limit.
       skip_special_tokens: leave special tokens out of the text.
       shown_special_ids: special tokens that stay in the text all the same, as whoever reads it looks for them.
-      structured_outputs: what the answer must look like; when it is complete, the answer ends whatever min_tokens and ignore_eos say.
+      structured_outputs: what the answer must look like; when it is complete, the end of sequence follows, and counts, whatever
+        min_tokens and ignore_eos say.
     Raises: UserError naming the field, on a value out of range.
     """
 

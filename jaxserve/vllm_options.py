@@ -156,7 +156,6 @@ FOREIGN: Mapping[str, ForeignOption] = {
     "disable_fastapi_docs": _never("/docs and /openapi.json tell no secrets; hide them in a proxy"),
     "disable_sliding_window": _never("windows are part of the model; --max-len bounds the context"),
     "enable_expert_parallel": _never("use --mesh expert=N"),
-    "enable_force_include_usage": _never("clients ask for it: stream_options.include_usage"),
     "enable_log_outputs": _never(_TEXTS_ARE_PRIVATE),
     "enable_log_requests": _never(_TEXTS_ARE_PRIVATE),
     "enable_lora": _never(_NO_LORA),

@@ -88,6 +88,20 @@ def test_chat_structured_outputs_and_metrics_work(run: Run) -> None:
     run(test)
 
 
+def test_vectors_are_those_of_llm() -> None:
+    async def test() -> None:
+        options: dict[str, Any] = {"runner": "pooling", **SHAPES}
+        async with AsyncLLM(str(tiny_model()), **options) as llm:
+            found = [await last(llm.encode(prompt, pooling_task="embed")) for prompt in ("a city", PROMPT)]
+            with pytest.raises(UserError, match="not classes"):
+                await last(llm.encode("a", pooling_task="classify"))
+        wanted = LLM(str(tiny_model()), **options).encode(["a city", PROMPT], use_tqdm=False)
+        assert [one.outputs.data for one in found] == [one.outputs.data for one in wanted]
+        assert [one.prompt_token_ids for one in found] == [one.prompt_token_ids for one in wanted]
+
+    asyncio.run(test())
+
+
 def test_bad_model_is_a_config_error() -> None:
     async def enter() -> None:
         async with AsyncLLM("/nowhere/at/all", **SHAPES):
@@ -112,8 +126,8 @@ def test_abort_ends_with_what_there_is(run: Run) -> None:
         whole = await last(llm.generate(PROMPT, LONG))
         results = llm.generate(PROMPT, LONG, request_id="mine")
         begun = await first(results)
-        llm.abort("another")
-        llm.abort("mine")
+        await llm.abort("another")
+        await llm.abort("mine")
         result = await last(results)
         output = result.outputs[0]
         assert output.finish_reason == "abort"
@@ -173,7 +187,7 @@ def test_requests_held_by_a_pause_can_be_ended(run: Run) -> None:
         left = asyncio.create_task(first(llm.generate(PROMPT, GREEDY)))
         while llm.engine.num_unfinished < 2:
             await asyncio.sleep(0)
-        llm.abort("held")
+        await llm.abort("held")
         result = await held
         assert (result.outputs[0].finish_reason, result.outputs[0].token_ids) == ("abort", [])
         left.cancel()

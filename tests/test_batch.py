@@ -54,9 +54,10 @@ def test_each_line_has_its_answer_or_its_error(tmp_path: pathlib.Path) -> None:
         {**line("how"), "method": "GET"},
         {"custom_id": "respond", "method": "POST", "url": "/v1/responses", "body": {"input": "hello", "max_output_tokens": 16}},
         {"custom_id": "bare", "url": COMPLETIONS}, line("other", model="another/model"), line("unicode-é😀"),
+        line("bytes", encoding_format="bytes"),
     ]  # fmt: skip
     source = write(tmp_path / "in.jsonl", lines)
-    assert run(source, tmp_path / "out.jsonl", api_key=("k",), max_queue=6) == 13
+    assert run(source, tmp_path / "out.jsonl", api_key=("k",), max_queue=6) == 14
     answers = read(tmp_path / "out.jsonl")
     assert set(answers) == {one["custom_id"] for one in lines if isinstance(one, dict)}
     statuses = {name: one["response"]["status_code"] for name, one in answers.items() if one["response"]}
@@ -66,7 +67,7 @@ def test_each_line_has_its_answer_or_its_error(tmp_path: pathlib.Path) -> None:
     assert len(answers["ids"]["response"]["body"]["choices"]) == 2
     assert answers["hot"]["response"]["body"]["error"]["param"] == "temperature"
     refused = {name: one["error"]["message"] for name, one in answers.items() if one["error"]}
-    assert set(refused) == {"stream", "where", "admin", "how", "bare"}
+    assert set(refused) == {"stream", "bytes", "where", "admin", "how", "bare"}
     assert COMPLETIONS in refused["where"]
     assert all(one["id"] and set(one) == {"id", "custom_id", "response", "error"} for one in answers.values())
 

@@ -16,7 +16,7 @@ from jaxserve.request import RequestOutput, SamplingParams, TokenLogprobs, merge
         ("max_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
         ("top_p", 0.0), ("top_p", 1.1),
         ("top_k", -2), ("min_p", 2.0), ("presence_penalty", 2.5), ("frequency_penalty", -3.0), ("repetition_penalty", 0.0), ("seed", 2**64),
-        ("n", 0), ("n", 17), ("logprobs", 21), ("prompt_logprobs", -1), ("stop", [""]), ("stop", ["a"] * 5), ("stop", ["x" * 2000]),
+        ("n", 0), ("n", 257), ("logprobs", 21), ("prompt_logprobs", -1), ("stop", [""]), ("stop", ["a"] * 5), ("stop", ["x" * 2000]),
         ("stop_token_ids", [1] * 65), ("logit_bias", {1: 101.0}), ("logit_bias", dict.fromkeys(range(1025), 0.0)), ("temperature", True),
         ("allowed_token_ids", []), ("bad_words", [" "]), ("bad_words", ["x" * 2000]), ("bad_words", ["x"] * 129),
         ("logprob_token_ids", [1] * 129), ("thinking_token_budget", -2),

@@ -62,6 +62,13 @@ def served_name(config: EngineConfig, asked: str | None) -> str:
     return asked
 
 
+def with_usage(options: Options, config: EngineConfig) -> Options:
+    """The same, with usage in every chunk if the server tells it whether asked or not."""
+    if not (options.stream and config.server.enable_force_include_usage):
+        return options
+    return dataclasses.replace(options, include_usage=True, continuous_usage=True)
+
+
 def answer_id(kind: str, request_id: str | None) -> str:
     """A fresh id such as chatcmpl-..., or one made of the client's own."""
     return f"{kind}-{request_id or uuid.uuid4().hex}"
@@ -263,6 +270,10 @@ class UsageCount:
         self._sampled[index] = output.num_output_tokens
         if index % self._n == 0:
             self._cached[index // self._n] = max(0, output.num_cached_tokens)
+
+    def before(self, index: int) -> dict[str, Any]:
+        """Usage of one choice before its first token."""
+        return _usage(self._prompts[index // self._n], 0, self._cached[index // self._n])
 
     def of(self, index: int) -> dict[str, Any]:
         """Usage of one choice so far."""

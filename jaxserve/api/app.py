@@ -16,6 +16,7 @@ from jaxserve.api import examples
 from jaxserve.api.admin import QUERY_PAUSE, QUERY_RESET, AbortEndpoint, AdminPages, read_abort
 from jaxserve.api.capabilities import CapabilityPage
 from jaxserve.api.chat import ChatEndpoint
+from jaxserve.api.chat_batch import batch_operation
 from jaxserve.api.completions import CompletionEndpoint
 from jaxserve.api.errors import GenerationError, error_response_async
 from jaxserve.api.invocations import InvocationsEndpoint
@@ -81,6 +82,7 @@ def _generation(engine: AsyncEngine) -> list[Operation]:
             path="/v1/chat/completions", methods=_POST, handler=ChatEndpoint(engine), tag="generation", streams=True,
             summary="Answer a conversation", body=Body(read_chat, examples.CHAT),
         ),
+        batch_operation(engine),
         Operation(
             path="/v1/completions", methods=_POST, handler=CompletionEndpoint(engine), tag="generation", streams=True,
             summary="Continue texts", body=Body(complete, examples.COMPLETION),

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.api.answers import Running, UsageCount, answer_head
+from jaxserve.api.answers import Running, UsageCount, answer_head, with_usage
 from jaxserve.api.chunks import ChunkPrinter
 from jaxserve.api.conversation import plain_text
 from jaxserve.api.endpoint import JsonEndpoint
@@ -33,6 +34,7 @@ class ChatEndpoint(JsonEndpoint):
     async def answer(self, body: bytes, receive: Receive, send: Send) -> None:
         """Answer one chat request."""
         request = await off_loop(len(body) > INLINE_BYTES, lambda: decode_chat(body))
+        request = dataclasses.replace(request, options=with_usage(request.options, self.engine.config))
         turn = await begin_turn(self.engine, request)
         printer = ChatPrinter(request, turn)
         async with Running(receive, turn.streams) as running:
@@ -58,6 +60,8 @@ class ChatPrinter(ChunkPrinter):
         if request.return_prompt_text:
             self._prompt["prompt_text"] = turn.prompt_text
         self._names = TokenNames(turn.served.tokenizer, as_ids=options.tokens_as_ids)
+        # Reasoning is counted by tokenizing it again, as in /v1/responses.
+        self._tokenizer = turn.served.tokenizer if reading is not None and reading.reasoning is not None else None
         last = request.rendering.messages[-1]
         self._echo = plain_text(last["content"]) if options.echo and last["role"] == "assistant" else ""
         self._legacy = request.rendering.choice.legacy
@@ -91,29 +95,44 @@ class ChatPrinter(ChunkPrinter):
             events += self._chunk(index, {}, **extras, finish_reason=reason, stop_reason=output.stop_reason)
         return events
 
+    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """One choice of an answer that is not streamed."""
+        self._usage.see(index, output)
+        return {
+            "index": index,
+            "message": _message(self._readers[index].parts(output), self._echo, self._legacy),
+            "logprobs": None,
+            **self._extras(output),
+            "finish_reason": self._readers[index].finish_reason(output.finish_reason),
+            "stop_reason": output.stop_reason,
+        }
+
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The body of an answer that is not streamed."""
-        choices: list[dict[str, Any]] = []
-        for index, output in enumerate(outputs):
-            self._usage.see(index, output)
-            choice: dict[str, Any] = {
-                "index": index,
-                "message": _message(self._readers[index].parts(output), self._echo, self._legacy),
-                "logprobs": None,
-                **self._extras(output),
-                "finish_reason": self._readers[index].finish_reason(output.finish_reason),
-                "stop_reason": output.stop_reason,
-            }
-            choices.append(choice)
-        answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.total()}
+        choices = [self.choice(index, output) for index, output in enumerate(outputs)]
+        answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self.total()}
         if self._options.params.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs or (), self._options.params.prompt_logprobs, self._names)
         return orjson.dumps(answer | self._prompt)
 
+    @property
+    def ends_heavily(self) -> bool:
+        """Whether there is much reasoning to be counted."""
+        return self._options.include_usage and sum(len(text) for reader in self._readers for text in reader.thoughts) > INLINE_CHARS
+
+    def total(self) -> dict[str, Any]:
+        """Usage of all choices, with that of their reasoning where the model's can be told from the rest."""
+        usage = self._usage.total()
+        if self._tokenizer is not None:
+            counts = [len(self._tokenizer.encode("".join(reader.thoughts), add_special_tokens=False)) for reader in self._readers]
+            usage["completion_tokens_details"] = {"reasoning_tokens": min(sum(counts), usage["completion_tokens"])}
+        return usage
+
     def _first(self, index: int) -> bytes:
-        top = None if any(self._begun) else self._prompt
-        events = self._chunk(index, {"role": "assistant", "content": ""}, top=top)
-        return events + (self._chunk(index, {"content": self._echo}) if self._echo else b"")
+        """What comes before any token, with the usage that was until then."""
+        usage: dict[str, Any] = {"usage": self._usage.before(index)} if self._options.continuous_usage else {}
+        events = self._chunk(index, {"role": "assistant", "content": ""}, top=usage if any(self._begun) else self._prompt | usage)
+        return events + (self._chunk(index, {"content": self._echo}, top=usage) if self._echo else b"")
 
     def _extras(self, output: RequestOutput) -> dict[str, Any]:
         extras: dict[str, Any] = {}
@@ -125,14 +144,10 @@ class ChatPrinter(ChunkPrinter):
         return extras
 
     def _chunk(self, index: int, delta: dict[str, Any], *, top: dict[str, Any] | None = None, **choice: Any) -> bytes:
-        body = {
-            **self._head,
-            "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **choice}],
-            **(top or {}),
-        }
+        body = {**self._head, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **choice}]}
         if self._options.continuous_usage:
             body["usage"] = self._usage.of(index)
-        return frame(orjson.dumps(body))
+        return frame(orjson.dumps(body | (top or {})))
 
 
 def _delta(part: Part, legacy: bool) -> dict[str, Any]:

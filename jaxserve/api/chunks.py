@@ -26,8 +26,6 @@ class ChunkPrinter:
       head: the members that all chunks of the stream, and the answer that is not streamed, begin with.
     """
 
-    ends_heavily = False
-
     def __init__(self, options: Options, usage: UsageCount, head: dict[str, Any]) -> None:
         self._options = options
         self._usage = usage
@@ -37,11 +35,20 @@ class ChunkPrinter:
         """Every output of one request."""
         return running.outputs(stream)
 
+    @property
+    def ends_heavily(self) -> bool:
+        """Whether `last` takes long enough to hold the event loop up."""
+        return False
+
+    def total(self) -> dict[str, Any]:
+        """Usage of all choices."""
+        return self._usage.total()
+
     def last(self) -> bytes:
         """The chunk with the usage of all choices, if it was asked for, and the mark that ends every stream."""
         if not self._options.include_usage:
             return _DONE
-        return frame(orjson.dumps({**self._head, "choices": [], "usage": self._usage.total()})) + _DONE
+        return frame(orjson.dumps({**self._head, "choices": [], "usage": self.total()})) + _DONE
 
     def failed(self, error: Exception) -> bytes:
         """The error object, and the mark that ends every stream."""

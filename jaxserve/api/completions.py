@@ -1,4 +1,4 @@
-"""POST /v1/completions, whole or streamed: up to 64 prompts of text or token ids, each answered n times, with echo for scoring."""
+"""POST /v1/completions, whole or streamed: prompts of text or token ids, each answered n times, with echo for scoring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.types import Receive, Send
 
-from jaxserve.api.answers import Running, UsageCount, answer_head, check_chars, ready, served_name, submit, truncate
+from jaxserve.api.answers import Running, UsageCount, answer_head, check_chars, ready, served_name, submit, truncate, with_usage
 from jaxserve.api.chunks import ChunkPrinter
 from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.logprobs import Pieces, TokenNames, completion_logprobs, is_heavy, prompt_logprobs
@@ -39,6 +39,7 @@ class CompletionEndpoint(JsonEndpoint):
         served = ready(self.engine)
         heavy = len(body) > INLINE_BYTES
         request = await off_loop(heavy, lambda: decode_completion(body, vocab_size=served.vocab_size, max_len=served.max_len))
+        request = dataclasses.replace(request, options=with_usage(request.options, self.engine.config))
         options = request.options
         name = served_name(self.engine.config, options.model)
         prompts = await _read_prompts(served, request)

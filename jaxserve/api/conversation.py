@@ -26,16 +26,18 @@ _MEDIA_PARTS = (
 )  # fmt: skip
 
 
-def read_messages(fields: Fields) -> list[dict[str, Any]]:
+def read_messages(fields: Fields, name: str = "messages") -> list[dict[str, Any]]:
     """The conversation of a chat request.
 
+    Args:
+      name: of the member that holds it.
     Raises: UserError naming the message and member at fault.
     """
-    if not fields.given("messages"):
-        raise fields.error("messages", "is required")
-    messages = [_message(message) for message in fields.objects("messages", max_items=MAX_MESSAGES)]
+    if not fields.given(name):
+        raise fields.error(name, "is required")
+    messages = [_message(message) for message in fields.objects(name, max_items=MAX_MESSAGES)]
     if not messages:
-        raise fields.error("messages", "must hold at least one message")
+        raise fields.error(name, "must hold at least one message")
     return messages
 
 

@@ -40,6 +40,18 @@ CHAT: tuple[dict[str, Any], ...] = (
     {"messages": [_USER], "functions": [{"name": "weather", "parameters": _SCHEMA}], "function_call": "auto"},
 )
 
+CHAT_BATCH: tuple[dict[str, Any], ...] = (
+    {"messages": [[_USER]]},
+    {
+        "messages": [[_USER], [{"role": "user", "content": "What is the weather in Oslo?"}]],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "place", "schema": _SCHEMA, "strict": True}},
+        "max_completion_tokens": 100,
+        "logit_bias": {"42": -1.5},
+        "documents": [{"title": "Rome", "text": "Rome is sunny."}],
+    },
+    {"messages": [[_USER]], "structured_outputs": {"regex": "(yes|no)"}},
+)
+
 COMPLETION: tuple[dict[str, Any], ...] = (
     {"prompt": "The capital of Italy is"},
     {"prompt": [[5, 17, 300]], "max_tokens": 8, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
@@ -118,6 +130,12 @@ INPUTS: tuple[dict[str, Any], ...] = (
     {"input": "Rome is sunny."},
     {"input": ["Rome is sunny.", "Oslo is not."], "encoding_format": "base64", "truncate_prompt_tokens": -1},
     {"input": [[5, 17, 300]], "dimensions": 256},
+    {"messages": [_USER]},
+)
+
+CLASSIFY: tuple[dict[str, Any], ...] = (
+    {"input": "Rome is sunny."},
+    {"input": [[5, 17, 300], [5, 18]], "truncate_prompt_tokens": -1},
     {"messages": [_USER]},
 )
 

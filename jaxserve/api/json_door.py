@@ -18,7 +18,7 @@ MAX_DEPTH = 64
 MAX_INT_DIGITS = 20
 # Millions of empty arrays or members fit into a body and take seconds to build; no honest request comes near this.
 MAX_CONTAINERS = 200_000
-# 64 prompts of 8192 token ids are within it; more would keep the parser, and everyone else, busy for too long.
+# 2048 prompts of 256 token ids are within it; more would keep the parser, and everyone else, busy for too long.
 MAX_VALUES = 600_000
 # The exact decimal form of a double can be long, but nothing sends more than this on purpose.
 MAX_NUMBER_CHARS = 400

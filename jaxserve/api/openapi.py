@@ -128,6 +128,8 @@ def _describe_one(operation: Operation, path: str, method: str) -> dict[str, Any
     answer: dict[str, Any] = {operation.answers: {"schema": {"type": "object" if operation.answers == "application/json" else "string"}}}
     if operation.streams:
         answer["text/event-stream"] = {"schema": _EVENT}
+    if operation.may_be_bytes:
+        answer["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     problems = _COMMON | (_NOT_FOUND if "{" in path else {}) | (_WITH_BODY if operation.body else {}) | _BY_TAG.get(operation.tag, {})
     described: dict[str, Any] = {
         "operationId": _SHAPE["name"].sub("_", f"{method.lower()}{path}").strip("_"),

@@ -45,6 +45,7 @@ class Operation:
       query: query parameters by name, as JSON schemas.
       streams: with "stream": true the answer comes as server-sent events.
       answers: media type of an answer that is not streamed.
+      may_be_bytes: a body can ask for bytes instead.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Operation:
     query: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict[str, Mapping[str, Any]])
     streams: bool = False
     answers: str = "application/json"
+    may_be_bytes: bool = False
 
 
 def make_routes(operations: Iterable[Operation]) -> list[Route]:

@@ -10,7 +10,7 @@ from jaxserve.api.json_door import is_array, json_type
 from jaxserve.api.wire import is_safe_id
 from jaxserve.errors import UserError
 
-MAX_SALT_CHARS = 128
+MAX_SALT_CHARS = 1024  # as in vLLM
 
 
 def read_prompts(fields: Fields, name: str, *, max_items: int, vocab_size: int, max_len: int) -> list[str] | list[list[int]]:

@@ -14,7 +14,7 @@ from jaxserve.api.sampling import DEFAULTED_NAMES, SAMPLING_NAMES, read_sampling
 from jaxserve.errors import UserError
 from jaxserve.request import MAX_LOGPROBS, SamplingParams
 
-MAX_PROMPTS = 64
+MAX_PROMPTS = 2048
 MAX_DOCUMENTS = 256
 MAX_TEMPLATE_KWARGS = 32
 MAX_TEMPLATE_KWARGS_CHARS = 16_384
@@ -137,10 +137,15 @@ def decode_chat(body: bytes) -> ChatRequest:
     return read_chat(Fields(parse_object(body)))
 
 
-def read_chat(fields: Fields) -> ChatRequest:
-    """Read a chat request that has been parsed. Raises: UserError naming the field at fault."""
+def read_chat(fields: Fields, messages: list[dict[str, Any]] | None = None) -> ChatRequest:
+    """Read a chat request that has been parsed.
+
+    Args:
+      messages: its conversation, if that has been read already.
+    Raises: UserError naming the field at fault.
+    """
     check_parameters(fields, CHAT_NAMES)
-    rendering = read_rendering(fields)
+    rendering = read_rendering(fields, messages)
     wanted = fields.flag("logprobs", False)
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_LOGPROBS)
     if top and not wanted:
@@ -183,9 +188,10 @@ def read_completion(fields: Fields, *, vocab_size: int, max_len: int) -> Complet
     return CompletionRequest(options=options, prompts=prompts, score_only=limit == 0)
 
 
-def read_rendering(fields: Fields) -> Rendering:
-    """Messages, tools and template variables of a chat-shaped body."""
-    messages, (tools, choice) = read_messages(fields), read_tools(fields)
+def read_rendering(fields: Fields, messages: list[dict[str, Any]] | None = None) -> Rendering:
+    """Messages, unless they have been read already, tools and template variables of a chat-shaped body."""
+    messages = read_messages(fields) if messages is None else messages
+    tools, choice = read_tools(fields)
     go_on = fields.flag("continue_final_message", False)
     begin = fields.flag("add_generation_prompt", not go_on)
     if go_on and begin:

@@ -118,6 +118,8 @@ class AnswerReader:
     Args:
       reading: None if all of it is content.
       call_prefix: what the ids of calls begin with where the model gives none.
+    Attributes:
+      thoughts: the texts of its reasoning so far, shown or not.
     """
 
     def __init__(self, reading: Reading | None, *, call_prefix: str) -> None:
@@ -127,6 +129,7 @@ class AnswerReader:
         )
         self._call_prefix = call_prefix
         self._ids: set[str] = set()
+        self.thoughts: list[str] = []
 
     def parts(self, output: RequestOutput) -> list[Part]:
         """What became certain with an output, as far as the client shall see it; calls have ids."""
@@ -136,6 +139,7 @@ class AnswerReader:
         if output.finish_reason is not None:
             # A stop string is the client's, and stops the model within a call as much as a limit does.
             parts += self._splitter.finish(cut=output.finish_reason != "stop" or isinstance(output.stop_reason, str))
+        self.thoughts += [part.text for part in parts if isinstance(part, Reasoning)]
         return [shown for part in parts if (shown := self._shown(part)) is not None]
 
     def finish_reason(self, reason: FinishReason | None) -> str | None:

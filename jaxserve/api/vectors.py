@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +22,24 @@ from jaxserve.api.endpoint import JsonEndpoint
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import parse_object
 from jaxserve.api.operation import Body, Operation
+from jaxserve.api.parameters import UNSUPPORTED_CODE
 from jaxserve.api.protocol import Rendering
 from jaxserve.api.turn import render_prompt
-from jaxserve.api.vectors_request import InputsRequest, PairsRequest, VectorOptions, read_inputs, read_rerank, read_score
-from jaxserve.api.wire import INLINE_BYTES, INLINE_CHARS, off_loop, send_json
+from jaxserve.api.vectors_request import (
+    NOT_OF_CLASSES,
+    InputsRequest,
+    PairsRequest,
+    VectorOptions,
+    read_inputs,
+    read_rerank,
+    read_score,
+)
+from jaxserve.api.wire import INLINE_BYTES, INLINE_CHARS, off_loop, send_bytes, send_json
 from jaxserve.errors import EngineUnavailableError, UserError
 from jaxserve.pooling import Pooling, Vector
 from jaxserve.request import RequestOutput
-from jaxserve.text.vectors import ScorePlan, TextOptions, VectorInput, cut_ids, encode_text
+from jaxserve.text.chat import render_pair
+from jaxserve.text.vectors import Render, ScorePlan, TextOptions, VectorInput, cut_ids, encode_text
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine, OutputStream
@@ -55,15 +64,20 @@ def vectors_operations(engine: AsyncEngine) -> list[Operation]:
     read = functools.partial(read_inputs, vocab_size=_ANY, max_len=_ANY)
 
     def make(path: str, handler: VectorsEndpoint, summary: str, body: Body) -> Operation:
-        return Operation(path=path, methods=("POST",), handler=handler, summary=summary, tag="pooling", body=body)
+        may_be_bytes = isinstance(handler, InputsEndpoint) and "encoding_format" not in handler.foreign
+        return Operation(
+            path=path, methods=("POST",), handler=handler, summary=summary, tag="pooling", body=body, may_be_bytes=may_be_bytes
+        )  # fmt: skip
 
     inputs = Body(read, examples.INPUTS, by_hand=_BY_HAND)
+    classes = functools.partial(read, foreign=NOT_OF_CLASSES)
+    classify = Body(classes, examples.CLASSIFY, by_hand=_BY_HAND, foreign=NOT_OF_CLASSES)
     score = Body(read_score, examples.SCORE, by_hand=_BY_HAND)
     rerank = Body(read_rerank, examples.RERANK, by_hand=_BY_HAND)
     return [
         make("/v1/embeddings", EmbeddingsEndpoint(engine), "Embeddings of texts", inputs),
         make("/pooling", PoolingEndpoint(engine), "What the model gives for texts, embeddings or probabilities", inputs),
-        make("/classify", ClassifyEndpoint(engine), "The probabilities of a classifier's labels", inputs),
+        make("/classify", ClassifyEndpoint(engine), "The probabilities of a classifier's labels", classify),
         *(make(path, ScoreEndpoint(engine), "Scores of pairs of texts", score) for path in ("/score", "/v1/score")),
         *(
             make(path, RerankEndpoint(engine), "Documents in the order of their scores with a query", rerank)
@@ -118,26 +132,36 @@ class InputsEndpoint(VectorsEndpoint):
     Attributes:
       kind: begins the ids of answers.
       task: what the model must give; None is anything.
+      foreign: parameters that the route has no use for.
     """
 
     kind: str
     task: str | None = None
+    foreign: frozenset[str] = frozenset()
 
     async def answer(self, body: bytes, receive: Receive, send: Send) -> None:
         """Answer with a line for each input."""
         served, pooling = ready(self.engine), self.pooling()
-        read = functools.partial(read_inputs, vocab_size=served.vocab_size, max_len=served.max_len)
+        read = functools.partial(read_inputs, vocab_size=served.vocab_size, max_len=served.max_len, foreign=self.foreign)
         request = await off_loop(len(body) > INLINE_BYTES, lambda: read(Fields(parse_object(body))))
         head = self.head(self.kind, request.options)
         self._check(request, pooling)
         outputs = await self.run(await self._encode(request, served, pooling), request.options, receive)
 
-        def work() -> bytes:
+        def vectors() -> list[Vector]:
             finish = functools.partial(pooling.finish, dimensions=request.dimensions, use_activation=request.options.use_activation)
-            data = [self.line(i, finish(_vector(output)), request, pooling) for i, output in enumerate(outputs)]
+            return [finish(_vector(output)) for output in outputs]
+
+        def lines() -> bytes:
+            data = [self.line(i, vector, request, pooling) for i, vector in enumerate(vectors())]
             return _dump({**head, "data": data, "usage": _usage(outputs)})
 
-        await send_json(send, await off_loop(len(outputs) * pooling.width > _INLINE_FLOATS, work))
+        heavy = len(outputs) * pooling.width > _INLINE_FLOATS
+        if request.encoding.is_binary:
+            content, metadata = await off_loop(heavy, lambda: request.encoding.body(vectors(), head, _usage(outputs)))
+            await send_bytes(send, content, {} if metadata is None else {b"metadata": metadata})
+        else:
+            await send_json(send, await off_loop(heavy, lines))
 
     def line(self, index: int, vector: Vector, request: InputsRequest, pooling: Pooling) -> dict[str, Any]:
         """What is said of one input."""
@@ -173,7 +197,7 @@ class EmbeddingsEndpoint(InputsEndpoint):
     kind, task = "embd", "embed"
 
     def line(self, index: int, vector: Vector, request: InputsRequest, pooling: Pooling) -> dict[str, Any]:
-        return {"index": index, "object": "embedding", "embedding": _encoded(vector, request)}
+        return {"index": index, "object": "embedding", "embedding": request.encoding.shown(vector)}
 
 
 class PoolingEndpoint(InputsEndpoint):
@@ -182,13 +206,13 @@ class PoolingEndpoint(InputsEndpoint):
     kind = "pool"
 
     def line(self, index: int, vector: Vector, request: InputsRequest, pooling: Pooling) -> dict[str, Any]:
-        return {"index": index, "object": "pooling", "data": _encoded(vector, request)}
+        return {"index": index, "object": "pooling", "data": request.encoding.shown(vector)}
 
 
 class ClassifyEndpoint(InputsEndpoint):
     """The ASGI app of /classify."""
 
-    kind, task = "classify", "classify"
+    kind, task, foreign = "classify", "classify", NOT_OF_CLASSES
 
     def line(self, index: int, vector: Vector, request: InputsRequest, pooling: Pooling) -> dict[str, Any]:
         return {"index": index, "label": pooling.label(int(vector.argmax())), "probs": vector, "num_classes": len(vector)}
@@ -216,11 +240,22 @@ class PairsEndpoint(VectorsEndpoint):
             if most is None:
                 _check_texts(field, given, options, served)
         chars = sum(map(len, request.queries)) + sum(map(len, request.documents))
-        make = functools.partial(ScorePlan, served.tokenizer, pooling, request.queries, request.documents, texts, request.names)
-        plan = await off_loop(chars > INLINE_CHARS, make)
+        render = self._render(request, served, pooling)
+        make = functools.partial(ScorePlan, served.tokenizer, pooling, request.queries, request.documents, texts, request.names, render)
+        plan = await off_loop(chars > INLINE_CHARS or render is not None, make)
         outputs = await self.run(plan.inputs, options, receive)
         scores = plan.scores([_vector(output) for output in outputs], use_activation=options.use_activation)
         await send_json(send, self.whole(name, request, scores, _usage(outputs)))
+
+    def _render(self, request: PairsRequest, served: ServedModel, pooling: Pooling) -> Render | None:
+        """What pairs are printed with: as in vLLM only a template that the server was started with, as those of models are for chats."""
+        if self.engine.config.model.chat_template is not None and pooling.task == "classify":
+            return functools.partial(render_pair, served.chat, kwargs=request.template_kwargs)
+        if request.template_kwargs:
+            name = "instruction" if "instruction" in request.template_kwargs else "chat_template_kwargs"
+            message = f"{name} is for classifiers on servers with a template for pairs (--chat-template); this one prints them without"
+            raise UserError(name, message, code=UNSUPPORTED_CODE)
+        return None
 
     def whole(self, name: str, request: PairsRequest, scores: list[float], usage: dict[str, int]) -> dict[str, Any]:
         """The answer."""
@@ -262,10 +297,6 @@ def _vector(output: RequestOutput) -> Vector:
     if output.pooled is None:
         raise EngineUnavailableError("an operator has ended this request")
     return output.pooled
-
-
-def _encoded(vector: Vector, request: InputsRequest) -> Vector | str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if request.encoding == "base64" else vector
 
 
 def _usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from jaxserve.api.fields import Fields
 from jaxserve.api.json_door import is_array, is_object, json_type
 from jaxserve.api.parameters import check_parameters
 from jaxserve.api.prompts import read_cache_salt, read_prompts, read_request_id, read_truncation
-from jaxserve.api.protocol import Rendering, read_rendering
+from jaxserve.api.protocol import Rendering, read_rendering, read_template_kwargs
+from jaxserve.api.vectors_encoding import Encoding, read_encoding
 
 MAX_INPUTS = 2048
 MAX_PROMPT_NAME_CHARS = 128
@@ -27,6 +28,8 @@ _INPUTS = _COMMON | frozenset(
         "reasoning_effort", "tools", "tool_choice", "prompt_name", "dimensions", "encoding_format", "embed_dtype", "endianness", "task",
     }
 )  # fmt: skip
+# Probabilities of labels have names beside them: they are JSON in any case.
+NOT_OF_CLASSES = frozenset({"encoding_format", "embed_dtype", "endianness", "dimensions"})
 _PAIRS = _COMMON | {"max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs"}
 _SIDES = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"), ("queries", "items"))
 _RERANK = _PAIRS | {"query", "documents", "top_n", "return_documents"}
@@ -65,7 +68,7 @@ class InputsRequest:
     add_special_tokens: bool
     prompt_name: str | None
     dimensions: int | None
-    encoding: Literal["float", "base64"]
+    encoding: Encoding
     task: str | None
 
 
@@ -76,6 +79,7 @@ class PairsRequest:
     Args:
       names: what the body calls queries and documents.
       max_query, max_document: tokens of each text to keep.
+      template_kwargs: variables for the template that pairs are printed with.
       top_n: the best so many results alone; 0 is all.
       return_documents: show the documents' texts in the results.
     """
@@ -86,13 +90,19 @@ class PairsRequest:
     names: tuple[str, str]
     max_query: int | None
     max_document: int | None
+    template_kwargs: dict[str, Any]
     top_n: int = 0
     return_documents: bool = True
 
 
-def read_inputs(fields: Fields, *, vocab_size: int, max_len: int) -> InputsRequest:
-    """Read texts whose vectors are wanted. Raises: UserError naming the field at fault."""
-    check_parameters(fields, _INPUTS)
+def read_inputs(fields: Fields, *, vocab_size: int, max_len: int, foreign: Collection[str] = ()) -> InputsRequest:
+    """Read texts whose vectors are wanted.
+
+    Args:
+      foreign: names that the route has no use for.
+    Raises: UserError naming the field at fault.
+    """
+    check_parameters(fields, _INPUTS.difference(foreign), foreign)
     inputs: list[str] | list[list[int]] | Rendering
     if fields.given("messages"):
         if fields.given("input"):
@@ -101,13 +111,10 @@ def read_inputs(fields: Fields, *, vocab_size: int, max_len: int) -> InputsReque
         inputs = dataclasses.replace(read_rendering(fields), add_generation_prompt=begin)
     else:
         inputs = read_prompts(fields, "input", max_items=MAX_INPUTS, vocab_size=vocab_size, max_len=max_len)
-    fields.text("embed_dtype", "float32", choices=("float32",))
-    fields.text("endianness", "native", choices=("native", "little"))
-    encoding = fields.text("encoding_format", "float", choices=("float", "base64"))
     return InputsRequest(
         options=_options(fields), inputs=inputs, add_special_tokens=fields.flag("add_special_tokens", not isinstance(inputs, Rendering)),
         prompt_name=fields.text("prompt_name", None, max_chars=MAX_PROMPT_NAME_CHARS),
-        dimensions=fields.integer("dimensions", None, low=1, high=2**31 - 1), encoding="base64" if encoding == "base64" else "float",
+        dimensions=fields.integer("dimensions", None, low=1, high=2**31 - 1), encoding=read_encoding(fields),
         task=fields.text("task", None, choices=("embed", "classify")),
     )  # fmt: skip
 
@@ -144,9 +151,8 @@ def _options(fields: Fields) -> VectorOptions:
 
 
 def _pairs(fields: Fields, queries: list[str], documents: list[str], names: tuple[str, str]) -> PairsRequest:
-    for name in ("instruction", "chat_template_kwargs"):
-        if fields.given(name):
-            raise fields.error(name, "is not supported here: pairs are not rendered by a template", code="unsupported_parameter")
+    instruction = fields.text("instruction", None)
+    kwargs = ({} if instruction is None else {"instruction": instruction}) | read_template_kwargs(fields)
     limits = [fields.integer(name, 0, low=0, high=2**31 - 1) for name in ("max_tokens_per_query", "max_tokens_per_doc")]
     return PairsRequest(
         options=_options(fields),
@@ -155,6 +161,7 @@ def _pairs(fields: Fields, queries: list[str], documents: list[str], names: tupl
         names=names,
         max_query=limits[0] or None,
         max_document=limits[1] or None,
+        template_kwargs=kwargs,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -67,7 +67,16 @@ async def read_json_body(scope: Scope, receive: Receive, send: Send, *, max_byte
 async def send_json(send: Send, payload: Any, *, status: int = 200) -> None:
     """Answer with one JSON document; `payload` may be encoded already."""
     body = payload if isinstance(payload, bytes) else orjson.dumps(payload)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await _send_whole(send, body, [(b"content-type", b"application/json")], status)
+
+
+async def send_bytes(send: Send, body: bytes, headers: Mapping[bytes, bytes]) -> None:
+    """Answer with bytes that are no text, and further headers."""
+    await _send_whole(send, body, [(b"content-type", b"application/octet-stream"), *headers.items()], 200)
+
+
+async def _send_whole(send: Send, body: bytes, headers: list[tuple[bytes, bytes]], status: int) -> None:
+    headers = [*headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

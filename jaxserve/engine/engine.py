@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.engine.bounds import goes_in_circles
-from jaxserve.engine.masks import Masks
+from jaxserve.engine.masks import Masks, certain_logprobs
 from jaxserve.metrics import Metrics
 from jaxserve.request import Request, RequestOutput, TokenLogprobs
 from jaxserve.runner.runner import Pending, Runner, StepResult
@@ -78,6 +78,7 @@ class Engine:
         self._runner, self._scheduler, self._tokenizer, self._metrics = runner, scheduler, tokenizer, metrics
         self._overlap, self._clock = overlap, clock
         self._eos_ids = eos_ids
+        self._end_id = min(tokenizer.eos_ids & eos_ids or eos_ids, default=None)  # what the tokenizer calls the end, where models have many
         self._masks = Masks(eos_ids)
         self._live: dict[str, _Live] = {}
         self._pending: Pending | None = None
@@ -249,7 +250,7 @@ class Engine:
             outputs.append(advance)
         self._masks.advance(row.request for row, _ in advanced)
         if result.pooled is None:
-            self._metrics.generation_tokens.inc(sum(len(ids) for _, ids in advanced))
+            self._metrics.generation_tokens.inc(sum(len(output.token_ids) for output in outputs))
         for interval, count in intervals.items():
             self._metrics.inter_token_s.observe(interval, count)
         return outputs
@@ -275,9 +276,15 @@ class Engine:
     def _advance(self, live: _Live, ids: tuple[int, ...], logprobs: TokenLogprobs | None, now: float) -> RequestOutput:
         request = live.request
         stopped_by_token = request.finish_reason == "stop"
+        entries = () if logprobs is None else (logprobs,)
         if request.constraint is not None and not stopped_by_token and self._masks.consume(request, ids):
-            self._scheduler.finish(request, "stop")
             stopped_by_token = ids[-1] in self._eos_ids
+            if stopped_by_token or self._end_id is None:
+                self._scheduler.finish(request, "stop")
+            elif self._scheduler.complete(request, self._end_id):
+                # Nothing else could follow: a step to sample it would tell nothing.
+                ids, stopped_by_token = (*ids, self._end_id), True
+                entries = (*entries, certain_logprobs(self._end_id, request.params)) if entries else ()
         circles = request.params.repetition_detection
         if circles is not None and len(request.output_ids) >= request.params.min_tokens and goes_in_circles(request.output_ids, circles):
             self._scheduler.finish(request, "repetition", REPETITION)
@@ -292,7 +299,7 @@ class Engine:
             self._forget(live, now)
         return RequestOutput(
             id=request.id, text=piece.text, token_ids=ids,
-            logprobs=None if logprobs is None else (logprobs,), prompt_logprobs=prompt_logprobs,
+            logprobs=entries or None, prompt_logprobs=prompt_logprobs,
             finish_reason=request.finish_reason, stop_reason=request.stop_reason, num_prompt_tokens=len(request.prompt_ids),
             num_cached_tokens=max(request.num_cached, 0), num_output_tokens=len(request.output_ids),
         )  # fmt: skip

@@ -10,13 +10,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxserve.request import Matcher, Request
+from jaxserve.request import Matcher, Request, SamplingParams, TokenLogprobs
 from jaxserve.scheduler.schedule import Row
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,18 @@ SLOW_S = 0.02  # an honest mask never takes so long
 MAX_SLOW_S = 2.0  # longest time that an answer's masks may take in all, above SLOW_S each
 TIMEOUT_S = 10.0
 TOO_SLOW = "the structured output became too complex to follow"
+
+
+def certain_logprobs(token: int, params: SamplingParams) -> TokenLogprobs:
+    """The log-probabilities where a mask leaves one token alone, as a step would show them."""
+    if params.logprob_token_ids:
+        others = params.logprob_token_ids
+    else:
+        num_top = params.logprobs or 0
+        others = [token, *(other for other in range(num_top) if other != token)][:num_top]
+    return TokenLogprobs(
+        token_id=token, logprob=0.0, rank=1, top=tuple((other, 0.0 if other == token else -math.inf) for other in others)
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True, eq=False)

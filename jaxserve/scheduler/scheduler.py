@@ -183,6 +183,14 @@ class Scheduler:
         request.num_in_flight = 0
         request.status, request.finish_reason, request.stop_reason = "finished", reason, stop_reason
 
+    def complete(self, request: Request, token: int) -> bool:
+        """End a request with the token that must come next, as if it had been sampled; False if its last token has been used already."""
+        if request.finish_reason is not None:
+            return False
+        request.output_ids.append(token)
+        self.finish(request, "stop")
+        return True
+
     def fail(self, schedule: Schedule) -> list[Request]:
         """End the unfinished requests of a step that raised with "error"; returns them."""
         failed = [row.request for row in schedule.rows if row.request.id in self._entries]

@@ -159,6 +159,15 @@ class ChatTemplate:
             return ""
 
 
+def render_pair(chat: ChatTemplate, query: str, document: str, *, kwargs: Mapping[str, Any]) -> str:
+    """A query and a document as a template prints messages of these two roles, which is how rerankers get them in vLLM.
+
+    Raises: UserError if the template cannot render them.
+    """
+    messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+    return chat.render(messages, add_generation_prompt=False, continue_final_message=False, kwargs=kwargs)
+
+
 def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     function: Mapping[str, Any] = call.get("function") or {}
     arguments = function.get("arguments")

@@ -41,6 +41,11 @@ _RETRY_AFTER_S = 2.0
 _MAX_FORCED = 4096  # bytes of text that has to come which are tokenized at a time
 
 
+# Where llguidance found a mistake, and the lines around it.
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+_LISTING = re.compile(r"(?:^ *\d+ \| .*\n?(?: *\^ *\n?)?)+", re.MULTILINE)
+
+
 class GrammarError(ValueError):
     """A constraint that cannot be compiled, or that became too complex on the way."""
 
@@ -382,4 +387,7 @@ def _message(matcher: llguidance.LLMatcher) -> str:
 
 
 def _user_error(spec: StructuredOutputs, error: GrammarError) -> UserError:
-    return UserError(spec.source, f"{spec.source}: {error}")
+    text = str(error)
+    if spec.grammar is None:
+        text = _LISTING.sub("", _PLACE.sub("", text)).strip()  # of a grammar that the client has never seen
+    return UserError(spec.source, f"{spec.source}: {text}")

@@ -6,13 +6,15 @@ A classifier with one number scores a pair as one text; a model of embeddings sc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, TypeVar
 
 from jaxserve.errors import UserError
 from jaxserve.pooling import Pooling, Vector, cosine
 
 T = TypeVar("T")
+# A query and a document as one text.
+Render = Callable[[str, str], str]
 
 
 class TextTokenizer(Protocol):
@@ -29,6 +31,10 @@ class TextTokenizer(Protocol):
         ...
 
     def shorten(self, ids: Sequence[int], max_tokens: int, *, side: Literal["left", "right"]) -> list[int]:
+        """See Tokenizer."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
         ...
 
@@ -83,12 +89,13 @@ class ScorePlan:
     Args:
       queries, documents: as many of the one as of the other, or one query for all documents.
       fields: what messages call the two.
+      render: what a classifier's pairs are printed with; None puts the two behind each other, as the tokenizer does it.
     Raises: UserError if the model gives no scores, or the numbers do not fit.
     """
 
     def __init__(
         self, tokenizer: TextTokenizer, pooling: Pooling, queries: Sequence[str], documents: Sequence[str], options: TextOptions,
-        fields: tuple[str, str] = ("queries", "documents"),
+        fields: tuple[str, str] = ("queries", "documents"), render: Render | None = None,
     ) -> None:  # fmt: skip
         for name, texts in zip(fields, (queries, documents), strict=True):
             if not texts:
@@ -104,7 +111,9 @@ class ScorePlan:
         self._pooling = pooling
         self._num_queries = len(queries)
         self._num_pairs = len(documents)
-        if pooling.task == "classify":
+        if pooling.task == "classify" and render is not None:
+            self.inputs = [_rendered(tokenizer, render, a, b, options) for a, b in zip(self._spread(queries), documents, strict=True)]
+        elif pooling.task == "classify":
             limits: Mapping[str, int | None] = {
                 "max_first": options.max_query, "max_second": options.max_document, "max_tokens": options.max_tokens,
             }  # fmt: skip
@@ -138,3 +147,14 @@ class ScorePlan:
 
     def _spread(self, queries: Sequence[T]) -> list[T]:
         return list(queries) * (self._num_pairs if self._num_queries == 1 else 1)
+
+
+def _rendered(tokenizer: TextTokenizer, render: Render, query: str, document: str, options: TextOptions) -> VectorInput:
+    """A pair as a template prints it, its texts cut before and the whole behind."""
+
+    def cut(text: str, most: int | None) -> str:
+        ids = [] if most is None else tokenizer.encode(text, add_special_tokens=False)
+        return text if most is None or len(ids) <= most else tokenizer.decode(ids[:most])
+
+    text = render(cut(query, options.max_query), cut(document, options.max_document))
+    return cut_ids(tokenizer, tokenizer.encode(text, add_special_tokens=options.add_special_tokens), options)

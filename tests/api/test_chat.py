@@ -125,7 +125,17 @@ def test_events_have_as_many_tokens_as_asked_for_but_the_first_and_the_last(clie
 def test_continuous_usage_is_in_every_chunk(client: Client, events: Events) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(client.chat("a", stream=True, stream_options=options, max_tokens=3).content)
-    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 3, 3, 3]
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_server_may_tell_usage_whether_asked_or_not(make_client: Callable[..., Client], events: Events, path: str) -> None:
+    client = make_client(enable_force_include_usage=True)
+    prompt = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    chunks = events(client.post(path, {**prompt, "stream": True, "max_tokens": 2}).content)
+    assert all("usage" in chunk for chunk in chunks)
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 2)
+    assert client.post(path, {**prompt, "max_tokens": 2}).json()["usage"]["completion_tokens"] == 2
 
 
 def test_messages_of_every_role_reach_the_template_in_its_terms(client: Client, engine: ScriptedEngine) -> None:

@@ -188,6 +188,17 @@ def test_reasoning_is_found_without_tools_too(ask: Callable[..., Any]) -> None:
     assert (cut["content"], cut["reasoning"]) == (None, "hm"[:2])
 
 
+def test_tokens_of_reasoning_are_counted_whether_shown_or_not(ask: Callable[..., Any], make_client: MakeClient) -> None:
+    for shown in (True, False):
+        body = ask("<think>hm</think>Yes.", "<think>oh", reasoning="qwen3", tools=None, n=2, include_reasoning=shown)[1].json()
+        assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+    assert "completion_tokens_details" not in ask("<think>hm</think>", tools=None)[1].json()["usage"]
+    client = make_client(reasoning_parser="qwen3")
+    client.engine.replies = ["<think>hm</think>Yes.", "<think>oh!</think>"]
+    body = client.post("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": "a"}]] * 2}).json()
+    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 5}
+
+
 def test_continued_reasoning_goes_on_as_reasoning(make_client: MakeClient) -> None:
     client = make_client(reasoning_parser="qwen3")
     client.engine.replies = [" more</think>Yes."]

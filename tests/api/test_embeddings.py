@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from jaxserve.api.vectors_request import MAX_INPUTS
 from jaxserve.errors import UserError
@@ -142,6 +144,40 @@ def test_base64_holds_the_same_numbers(embedder: Client) -> None:
     assert np.frombuffer(base64.b64decode(str(encoded)), "<f4").tolist() == expected(b"abc")[0]
 
 
+@pytest.mark.parametrize("order", ["native", "little", "big"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16), ("fp8_e4m3", torch.float8_e4m3fn),
+     ("fp8_e5m2", torch.float8_e5m2)],
+)  # fmt: skip
+def test_bytes_hold_the_numbers_in_the_type_and_order_that_is_asked_for(
+    embedder: Client, name: str, dtype: torch.dtype, order: str
+) -> None:
+    body = {"input": ["ab", "c"], "use_activation": True, "embed_dtype": name, "endianness": order}
+    response = embedder.post(EMBEDDINGS, {**body, "encoding_format": "bytes"})
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/octet-stream")
+    said = json.loads(response.headers["metadata"])
+    size = 4 * dtype.itemsize
+    assert set(said) == {"id", "created", "model", "data", "usage"}
+    assert said["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    assert said["data"] == [
+        {"index": i, "embed_dtype": name, "endianness": order, "start": i * size, "end": (i + 1) * size, "shape": [4]} for i in range(2)
+    ]
+    plain = vectors_of(embedder.post(EMBEDDINGS, body))
+    numbers = torch.tensor(plain).to(dtype).reshape(-1).view(torch.uint8).reshape(8, -1)
+    numbers = numbers.flip(1) if order == "big" else numbers
+    assert response.content == bytes(numbers.reshape(-1).tolist())
+    only = embedder.post(EMBEDDINGS, {**body, "encoding_format": "bytes_only"})
+    assert only.content == response.content
+    assert "metadata" not in only.headers
+    text = vectors_of(embedder.post(EMBEDDINGS, {**body, "encoding_format": "base64"}))
+    assert b"".join(base64.b64decode(str(each)) for each in text) == response.content
+    assert embedder.post("/pooling", {**body, "encoding_format": "bytes_only"}).status_code == 200
+    paths = embedder.get("/openapi.json").json()["paths"]
+    described = {path for path in paths if "application/octet-stream" in str(paths[path].get("post", {}).get("responses", {}).get("200"))}
+    assert described == {EMBEDDINGS, "/pooling"}
+
+
 def test_dimensions_activation_and_prompt_reach_the_model(embedder: Client) -> None:
     vector = np.array(expected(b"q: ab")[0][:2])
     found = vectors_of(embedder.post(EMBEDDINGS, {"input": "ab", "dimensions": 2, "use_activation": True, "prompt_name": "query"}))
@@ -185,12 +221,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [259]}, "input[0]"),
     ({"input": "a", "dimensions": 5}, "dimensions"),
     ({"input": "a", "dimensions": 0}, "dimensions"),
-    ({"input": "a", "encoding_format": "bytes"}, "encoding_format"),
+    ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
     ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"input": "a", "messages": [{"role": "user", "content": "x"}]}, "messages"),
     ({"input": "a", "truncate_prompt_tokens": MAX_LEN + 1}, "truncate_prompt_tokens"),
     ({"input": "a", "normalize": True}, "normalize"),
-    ({"input": "a", "embed_dtype": "float16"}, "embed_dtype"),
+    ({"input": "a", "embed_dtype": "int3"}, "embed_dtype"),
+    ({"input": "a", "endianness": "middle"}, "endianness"),
     ({"input": "a", "prompt_name": "x"}, "prompt_name"),
     ({"input": ["a"] * (MAX_INPUTS + 1)}, "input"),
     ({"input": "a", "padding": "max_length"}, "padding"),
@@ -277,6 +314,8 @@ def test_classes_have_labels_and_probabilities(classifier: Client, error_of: Err
     assert classifier.post("/pooling", {"input": "a", "task": "classify"}).json()["data"] == [
         {"index": 0, "object": "pooling", "data": probs}
     ]
+    refused = classifier.post("/classify", {"input": "a", "encoding_format": "base64"})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "encoding_format")
     for path, more in ((EMBEDDINGS, {}), ("/pooling", {"task": "embed"})):
         response = classifier.post(path, {"input": "a", **more})
         assert (response.status_code, error_of(response)["code"]) == (400, "unsupported_endpoint")
@@ -308,6 +347,25 @@ def test_texts_of_pairs_are_cut(scorer: Client) -> None:
     assert (
         scorer.post("/score", {"queries": "abcdef", "documents": "ghijkl", "truncate_prompt_tokens": 4}).json()["data"][0]["score"] == 4.0
     )
+
+
+def test_pairs_are_printed_by_a_template_that_the_server_was_started_with(error_of: ErrorOf) -> None:
+    pooling = Pooling(task="classify", width=1, activation="identity")
+    engine = VectorEngine(pooling, chat_template="{{ messages }}")
+    client = Client(engine)
+    body = {"queries": "abcdef", "documents": ["g", "hij"], "max_tokens_per_query": 2, "max_tokens_per_doc": 2}
+    kwargs = {"chat_template_kwargs": {"tone": "dry"}, "instruction": "find it"}
+    assert client.post("/score", {**body, **kwargs}).status_code == 200
+    assert [bytes(ids[1:]) for ids in engine.inputs] == [b"<query>ab\n<document>g\n", b"<query>ab\n<document>hi\n"]
+    assert [call["kwargs"] for call in engine.chat.calls] == [{"tone": "dry", "instruction": "find it"}] * 2
+    outranked = {"chat_template_kwargs": {"instruction": "no"}, "instruction": "yes"}
+    assert client.post("/score", {**body, **outranked}).status_code == 200
+    assert engine.chat.calls[-1]["kwargs"] == {"instruction": "no"}  # as in vLLM
+    assert client.post("/rerank", {"query": "a", "documents": ["b"]}).json()["results"][0]["relevance_score"] == 22.0
+    without = Client(VectorEngine(pooling))
+    for name in kwargs:
+        refused = without.post("/score", {**body, name: kwargs[name]})
+        assert (refused.status_code, error_of(refused)["param"]) == (400, name)
 
 
 def test_embeddings_score_by_their_angle(embedder: Client) -> None:

@@ -16,7 +16,7 @@ USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 COMMON: list[tuple[str, Any]] = [
-    ("model", 1), ("model", ["x"]), ("stream", "yes"), ("stream", 1), ("n", 0), ("n", 17), ("n", 10**15), ("n", 1.5), ("n", True),
+    ("model", 1), ("model", ["x"]), ("stream", "yes"), ("stream", 1), ("n", 0), ("n", 257), ("n", 10**15), ("n", 1.5), ("n", True),
     ("n", "2"),
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True), ("temperature", [1]),
     ("top_p", 0), ("top_p", 1.1), ("top_p", -1), ("top_k", -2), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("min_p", 2),
@@ -29,7 +29,8 @@ COMMON: list[tuple[str, Any]] = [
     ("logit_bias", {"1": 101}),
     ("logit_bias", {"1": None}), ("logit_bias", [1]), ("logit_bias", {str(i): 1 for i in range(1025)}), ("logit_bias", {"9" * 18: 1}),
     ("ignore_eos", "no"), ("include_stop_str_in_output", 1), ("skip_special_tokens", "x"), ("return_token_ids", 3), ("priority", 2**40),
-    ("priority", "high"), ("cache_salt", ""), ("cache_salt", "x" * 129), ("cache_salt", 1), ("request_id", "a b"), ("request_id", "x" * 65),
+    ("priority", "high"), ("cache_salt", ""), ("cache_salt", "x" * 1025), ("cache_salt", 1),
+    ("request_id", "a b"), ("request_id", "x" * 65),
     ("request_id", "a\r\nset-cookie: x"), ("request_id", 5), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
     ("truncate_prompt_tokens", 121), ("truncation_side", "middle"), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
     ("stream_options", {"include_usage": True}), ("stream_options", 5), ("response_format", {"type": "json"}),
@@ -81,8 +82,8 @@ MESSAGES: list[tuple[Any, str]] = [
     ({"role": "tool", "content": "x", "tool_call_id": {}}, "messages[1].tool_call_id"),
 ]  # fmt: skip
 PROMPTS: list[tuple[Any, str]] = [
-    (None, "prompt"), ([], "prompt"), (5, "prompt"), ({"a": 1}, "prompt"), (True, "prompt"), (["a"] * 65, "prompt"),
-    ([[97]] * 65, "prompt"),
+    (None, "prompt"), ([], "prompt"), (5, "prompt"), ({"a": 1}, "prompt"), (True, "prompt"), (["a"] * 2049, "prompt"),
+    ([[97]] * 2049, "prompt"),
     (["a", 5], "prompt[1]"), ([97, "a"], "prompt[1]"), ([97, 1.5], "prompt[1]"), ([97, True], "prompt[1]"), ([True], "prompt[0]"),
     ([[]], "prompt[0]"),
     ([[97], "a"], "prompt[1]"), ([[97, "a"]], "prompt[0][1]"), ([259], "prompt[0]"), ([-1], "prompt[0]"), ([[97], [2**63]], "prompt[1][0]"),

@@ -166,6 +166,14 @@ def test_cross_encoder_scores_pairs_as_transformers_does() -> None:
         with torch.no_grad():
             logits = reference(path)(torch.tensor(ids)[None], token_type_ids=torch.tensor(types)[None]).logits[0]
         assert_close([result.outputs.score], torch.sigmoid(logits))
+    template = "{{ tone }}: {% for each in messages %}[{{ each.role }}] {{ each.content }} {% endfor %}"
+    printed = llm.score("fox", ["dog"], chat_template=template, chat_template_kwargs={"tone": "dry"}, use_tqdm=False)[0]
+    ids = llm.tokenizer.encode("dry: [query] fox [document] dog ", add_special_tokens=True)
+    assert list(printed.prompt_token_ids) == ids
+    with torch.no_grad():
+        assert_close([printed.outputs.score], torch.sigmoid(reference(path)(torch.tensor(ids)[None]).logits[0]))
+    with pytest.raises(UserError, match="needs a chat_template"):
+        llm.score("a", "b", chat_template_kwargs={"tone": "dry"})
 
 
 def test_embeddings_score_pairs_by_their_angle() -> None:
@@ -176,6 +184,15 @@ def test_embeddings_score_pairs_by_their_angle() -> None:
     )
     found = [result.outputs.score for result in llm.score(TEXTS[:2], TEXTS[2:4], use_tqdm=False)]
     np.testing.assert_allclose(found, (queries * documents).sum(1), atol=1e-6)
+    encoded = llm.encode(TEXTS[:2], PoolingParams(prompt_name="query"), pooling_task="embed", use_tqdm=False)
+    np.testing.assert_allclose([result.outputs.data for result in encoded], queries, atol=1e-6)
+    assert len({result.request_id for result in encoded}) == 2
+    assert all(result.finished for result in encoded)
+    with pytest.raises(UserError, match="not classes"):
+        llm.encode("a", pooling_task="classify")
+    with pytest.raises(UserError, match="of each text alone"):
+        llm.score("a", "b", chat_template="{{ messages }}")
+    assert llm.reset_prefix_cache()
     with pytest.raises(UserError, match="do not make pairs"):
         llm.score(TEXTS[:2], TEXTS[:3])
 

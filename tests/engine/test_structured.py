@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from typing import Any
 
@@ -153,9 +154,21 @@ def test_preempted_answers_keep_their_form() -> None:
     check_scheduler(core(llm)._scheduler)
 
 
-def test_complete_answer_ends_at_once_and_shows_its_last_token() -> None:
-    output = answer(StructuredOutputs(choice=["x"]))
-    assert (output.text, output.finish_reason, output.stop_reason, len(output.token_ids)) == ("x", "stop", None, 1)
+def test_complete_answer_ends_with_the_end_of_sequence() -> None:
+    llm = engine()
+    counted = llm.metrics.generation_tokens._value.get()
+    output = answer(StructuredOutputs(choice=["x"]), logprobs=2)
+    assert llm.metrics.generation_tokens._value.get() == counted + 2
+    assert (output.text, output.finish_reason, output.stop_reason, output.token_ids[1:]) == ("x", "stop", None, [0])
+    end = output.logprobs[1]
+    assert [(token, entry.logprob, entry.rank) for token, entry in end.items()] == [(0, 0.0, 1), (1, -math.inf, 2)]
+    chosen = answer(StructuredOutputs(choice=["x"]), logprob_token_ids=[5, 0]).logprobs[1]
+    assert {token: entry.logprob for token, entry in chosen.items()} == {0: 0.0, 5: -math.inf}
+    # As in vLLM, whose models sample it: without room for it the answer was cut off by its length.
+    cut = answer(StructuredOutputs(choice=["x"]), max_tokens=1)
+    assert (cut.text, cut.finish_reason, len(cut.token_ids)) == ("x", "length", 1)
+    check_scheduler(core(llm)._scheduler)
+    assert core(llm)._scheduler.usage == 0
 
 
 def test_end_of_sequence_is_allowed_exactly_where_the_form_is_complete() -> None:

@@ -38,13 +38,13 @@ def nested(depth: int) -> Any:
 
 
 REFUSED = {
-    "r1 n": completion(n=17),
+    "r1 n": completion(n=257),
     "r1 n huge": completion(n=10**9),
     "r1 n of chat": chat(n=10**18),
     "r1 n negative": chat(n=-1),
     "r1 best_of": completion(best_of=10**6),
-    "r1 prompts": completion(prompt=[[5]] * 65),
-    "r1 texts": completion(prompt=["a"] * 65),
+    "r1 prompts": completion(prompt=[[5]] * 2049),
+    "r1 texts": completion(prompt=["a"] * 2049),
     "r1 messages": chat(messages=HELLO * 2049),
     "r1 parts": chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 257}]),
     "r1 tools": chat(tools=[TOOL] * 129, tool_choice="none"),
@@ -127,7 +127,7 @@ REFUSED = {
     "r10 audio": chat(messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]}]),
     "r12 embeds": completion(prompt_embeds="gASVHAAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOU"),
     "r12 logits processor": completion(custom_logit_processor="gASVHAAAAA"),
-    "r17 salt": completion(cache_salt="x" * 129),
+    "r17 salt": completion(cache_salt="x" * 1025),
     "r17 salt empty": completion(cache_salt=""),
     "r17 salt type": completion(cache_salt=[1]),
     "r18 id": completion(request_id="a b"),

@@ -314,3 +314,15 @@ def test_constraint_that_is_none_or_several_is_refused(fields: dict[str, Any]) -
 def test_form_that_nothing_satisfies_is_refused_in_plain_words(bpe: Tokenizer, spec: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no text can satisfy it"):
         grammars_of(bpe).compile(StructuredOutputs(**spec))
+
+
+def test_mistake_is_shown_without_the_lines_of_a_grammar_that_is_not_the_clients(bpe: Tokenizer) -> None:
+    grammars = grammars_of(bpe)
+    tag = {"type": "structural_tag", "format": {"type": "sequence", "elements": [
+        {"type": "const_string", "value": "<think>"}, {"type": "json_schema", "json_schema": {"type": "foo"}},
+    ]}}  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        grammars.compile(StructuredOutputs(structural_tag=tag, source="response_format"))
+    assert caught.value.message == "response_format: failed to compile JSON schema: Invalid type: foo"
+    with pytest.raises(UserError, match=r" 2 \| "):
+        grammars.compile(StructuredOutputs(grammar='start: "a"\n%json { "type": "foo" }\n'))
