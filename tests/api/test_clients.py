@@ -105,7 +105,7 @@ def test_openai_raises_its_own_exceptions(sdk: openai.OpenAI, served: Served) ->
         sdk.chat.completions.create(model="nope", messages=messages)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        sdk.chat.completions.create(model="org/byte-model", messages=messages, n=100)
+        sdk.chat.completions.create(model="org/byte-model", messages=messages, n=1000)
     assert (bad.value.param, bad.value.type) == ("n", "invalid_request_error")
     served.engine.capacity = 0
     with pytest.raises(openai.RateLimitError):
