@@ -73,6 +73,6 @@ def test_errors_are_litellms_own(options: dict[str, Any]) -> None:
     with pytest.raises(exceptions.AuthenticationError):
         litellm.completion(messages=ASK, **{**options, "api_key": "wrong"})
     with pytest.raises(exceptions.BadRequestError):
-        litellm.completion(messages=ASK, n=99, **options)
+        litellm.completion(messages=ASK, n=999, **options)
     with pytest.raises(exceptions.NotFoundError):
         litellm.completion(messages=ASK, **{**options, "model": options["model"] + "-not"})
