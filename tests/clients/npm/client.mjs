@@ -70,7 +70,7 @@ const checks = {
     assert.equal(await run.finalContent(), "That is all that I wanted to know.");
   },
   async errors_are_of_the_clients_own_classes() {
-    await assert.rejects(client.chat.completions.create({ ...hello, n: 99 }), (error) => error instanceof BadRequestError && error.param === "n");
+    await assert.rejects(client.chat.completions.create({ ...hello, n: 999 }), (error) => error instanceof BadRequestError && error.param === "n");
     await assert.rejects(client.chat.completions.create({ ...hello, model: "not" }), NotFoundError);
     await assert.rejects(new OpenAI({ baseURL, apiKey: "x", maxRetries: 0 }).models.list(), AuthenticationError);
   },
