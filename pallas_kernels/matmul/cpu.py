@@ -17,7 +17,7 @@ from pallas_kernels.native.tiles import DOT_COLUMNS, DOT_ROWS, LINE, dot_tile
 
 TOKENS = 256  # weights come from memory while the first tokens of an item use them; the more tokens follow, the less that counts
 FEW_TOKENS, FEW_FEATURES, MANY_FEATURES = 64, 24, 48  # the latter, for more than FEW_TOKENS, fill half of a cache of 512 KB at D = 1536
-GROUP = 8  # tokens that go through the same weights while these are in the fastest cache
+GROUP_BYTES = 20 << 10  # of tokens that go through the same weights, all of it in the fastest cache
 
 _TARGET = "jaxserve_matmul"
 _item_address = ffi.item_address(_TARGET)
@@ -50,9 +50,10 @@ def _item(operands: int, results: int, index: int) -> int:
     last = min(first + features, F)
     token = index // blocks * TOKENS
     last_token = min(token + TOKENS, T)
+    group = max(GROUP_BYTES // (4 * D * DOT_ROWS), 1) * DOT_ROWS
     ahead = DOT_COLUMNS * D  # later rows of x find the weights in the cache
     while token < last_token:
-        end = min(token + GROUP, last_token)
+        end = min(token + group, last_token)
         feature = first
         while feature < last:
             columns = DOT_COLUMNS if feature + DOT_COLUMNS <= last else 1
