@@ -99,7 +99,8 @@ def test_padding_of_any_kind_changes_nothing(name: str) -> None:
     alone = nnx.jit(moe)(jnp.asarray(x), jnp.int32(LAYER), jnp.ones(6, bool))
     padded = np.concatenate([x, np.full((5, D), np.nan, np.float32)])
     found = nnx.jit(moe)(jnp.asarray(padded), jnp.int32(LAYER), jnp.arange(11) < 6)
-    np.testing.assert_allclose(found[:6], alone, rtol=1e-6, atol=1e-6)
+    # XLA may sum 6 and 11 rows in another order: an ulp of terms up to 12 is 1e-6.
+    np.testing.assert_allclose(found[:6], alone, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
