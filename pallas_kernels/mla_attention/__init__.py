@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_attention import reference, tpu, xla
+from pallas_kernels.mla_attention import gpu, reference, tpu, xla
 from pallas_kernels.mla_attention.reference import cache_shape
 
 __all__ = ["IMPLEMENTATIONS", "cache_shape", "mla_attention"]
 
-IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 @functools.wraps(reference.mla_attention)
@@ -29,5 +29,10 @@ def mla_attention(
     platform: str | None = None,
     **batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    module = IMPLEMENTATIONS[dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)]
-    return module.mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch)
+    chosen = dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)
+    if chosen == "gpu" and implementation is None:
+        try:
+            return gpu.mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch)
+        except NotImplementedError:
+            chosen = "xla"  # which has the same cache
+    return IMPLEMENTATIONS[chosen].mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch)

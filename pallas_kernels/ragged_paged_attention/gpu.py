@@ -71,14 +71,17 @@ def ragged_paged_attention(
     )  # fmt: skip
     scalars = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(0 if window is None else window, jnp.int32)])
     heads = [x.astype(jnp.float32) for x in (alibi_slopes, sinks) if x is not None]
+    rows = write(plan, scalars, _new_rows(plan, k, v, pages, k_scale, v_scale), _words(plan, pages), page_table, query_start, kv_len)
     batch = [scalars, query_start, kv_len, page_table.reshape(-1), q.reshape(-1, plan.head_size), *heads]
-    rows = _write(plan, scalars, _slots(plan, page_table, query_start, kv_len), k, v, pages, k_scale, v_scale)
-    partial, rows = _decode(plan, batch, rows)
-    out = None
-    if not one_token_rows:
-        out, rows = _prefill(plan, batch, query_start, rows)
-    out = _combine(plan, [scalars, query_start, kv_len, *heads[len(heads) - plan.sinks :], *partial], out)
+    out, rows = attend(plan, batch, rows)
     return out.reshape(*q.shape[:2], plan.value_size), _unwords(plan, rows, pages)
+
+
+def _new_rows(plan: Plan, k: jax.Array, v: jax.Array, pages: jax.Array, k_scale: float, v_scale: float) -> list[jax.Array]:
+    """The new keys and values as the cache has them."""
+    if plan.paired:
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, plan.head_size - plan.value_size)))
+    return [_words(plan, encode(k, k_scale, pages.dtype)), _words(plan, encode(v, v_scale, pages.dtype))]
 
 
 def _slots(plan: Plan, page_table: jax.Array, query_start: jax.Array, kv_len: jax.Array) -> jax.Array:
@@ -101,21 +104,33 @@ def _unwords(plan: Plan, rows: jax.Array, pages: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(rows, plan.cache_dtype).reshape(pages.shape)
 
 
-def _write(
-    plan: Plan, scalars: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, k_scale: float, v_scale: float
-) -> jax.Array:
-    """The cache, as rows, with the new keys and values."""
-    if plan.paired:
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, plan.head_size - plan.value_size)))
-    k, v = _words(plan, encode(k, k_scale, pages.dtype)), _words(plan, encode(v, v_scale, pages.dtype))
-    rows = _words(plan, pages)
+def write(
+    plan: Plan, scalars: jax.Array, new: list[jax.Array], rows: jax.Array,
+    page_table: jax.Array, query_start: jax.Array, kv_len: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """The cache with the new keys, and values if they have rows of their own, in their slots; refs as in gpu_kernel.py."""
 
-    def kernel(scalars: Any, slots: Any, k: Any, v: Any, rows: Any, out: Any) -> None:
-        del rows  # the same memory as out
-        gpu_kernel.write_kernel(plan, scalars, slots, k, v, out)
+    def kernel(scalars: Any, slots: Any, *refs: Any) -> None:
+        *sources, _, out = refs  # the cache that comes in is the same memory as out
+        gpu_kernel.write_kernel(plan, scalars, slots, sources, out)
 
-    grid = (cdiv(plan.num_tokens, WRITE_TOKENS), plan.num_kv_heads)
-    return _call(plan, kernel, "write", grid, [Shape(rows.shape, rows.dtype)], {4: 0}, (4, 1))(scalars, slots, k, v, rows)[0]
+    grid, inputs = (cdiv(plan.num_tokens, WRITE_TOKENS), plan.num_kv_heads), [scalars, _slots(plan, page_table, query_start, kv_len), *new]
+    return _call(plan, kernel, "write", grid, [Shape(rows.shape, rows.dtype)], {len(inputs): 0}, (4, 1))(*inputs, rows)[0]
+
+
+def attend(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The output [T * N, Hv], and the cache.
+
+    Args:
+      batch: scalars, query_start, kv_len, the page table, queries [T * N, H], slopes and sinks where there are; refs as in gpu_kernel.py.
+      rows: the cache with the new keys and values in it.
+    """
+    partial, rows = _decode(plan, batch, rows)
+    out = None
+    if not plan.one_token_rows:
+        out, rows = _prefill(plan, batch, rows)
+    sinks = batch[-1:] if plan.sinks else []
+    return _combine(plan, [*batch[:3], *sinks, *partial], out), rows
 
 
 def _decode(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[list[jax.Array], jax.Array]:
@@ -134,7 +149,7 @@ def _decode(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[list[j
     return partial, rows
 
 
-def _prefill(plan: Plan, batch: list[jax.Array], query_start: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _prefill(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The output [T * N, Hv] without the rows of few tokens, and the cache."""
     blocks = plan.prefill
 
@@ -145,7 +160,7 @@ def _prefill(plan: Plan, batch: list[jax.Array], query_start: jax.Array, rows: j
     grid = (plan.num_kv_heads * cdiv(plan.group, blocks.heads), plan.prefill_blocks)
     outputs = [Shape((plan.num_tokens * plan.num_heads, plan.value_size), plan.query_dtype), Shape(rows.shape, rows.dtype)]
     call = _call(plan, kernel, "prefill", grid, outputs, {len(batch) + 3: 1}, (blocks.warps, blocks.stages))
-    out, rows = call(*batch, *_prefill_blocks(plan, query_start), rows)
+    out, rows = call(*batch, *_prefill_blocks(plan, batch[1]), rows)
     return out, rows
 
 
@@ -191,7 +206,7 @@ def _call(
     warps_and_stages: tuple[int, int],
 ) -> Callable[..., list[jax.Array]]:  # fmt: skip
     warps, stages = warps_and_stages
-    name = f"ragged_paged_attention_{name}"
+    name = f"{plan.op}_{name}"
     kernel.__name__ = name  # what profilers show
     return pl.pallas_call(
         kernel,

@@ -1,10 +1,11 @@
-"""The bodies of the GPU kernels of ragged paged attention (Pallas Triton). See gpu.py for their order and gpu_plan.py for their sizes.
+"""The bodies of the GPU kernels of paged attention (Pallas Triton). See gpu.py for their order and gpu_plan.py for their sizes.
 
 Triton knows arrays of powers of two and pointers, so every ref is a matrix or a vector that is indexed by arrays of rows and columns:
 
   q, out      [T * N, H]                                        row t * N + n
   k, v        [T * K, H]                                        row t * K + h
   pages       [R * num_pages * 2K * page_size, H]               row ((layer * num_pages + page) * 2K + 2h + which) * page_size + offset
+              where values lie in the keys (mla_attention): [R * num_pages * K * page_size, H]
   sums        f32[num_slots * num_splits * N, Hv], top and total: the same without Hv
 
 A head size that is no power of two is covered by two of them (Plan.key_chunks), and what hangs over is masked.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -64,8 +66,11 @@ class Tile:
         return self.token * plan.num_heads + self.head
 
 
-def write_kernel(plan: Plan, scalars: Ref, slots: Ref, k: Ref, v: Ref, pages: Ref) -> None:
-    """Program (i, h): WRITE_TOKENS tokens of KV head h into their slots; i32[T] slots, negative ones hold no token."""
+def write_kernel(plan: Plan, scalars: Ref, slots: Ref, new: list[Ref], pages: Ref) -> None:
+    """Program (i, h): WRITE_TOKENS tokens of KV head h, keys and values if these have rows of their own, into their slots.
+
+    Args: i32[T] slots; negative ones hold no token.
+    """
     h = pl.program_id(1)
     token = pl.program_id(0) * WRITE_TOKENS + jnp.arange(WRITE_TOKENS, dtype=jnp.int32)
     inside = token < plan.num_tokens
@@ -74,10 +79,10 @@ def write_kernel(plan: Plan, scalars: Ref, slots: Ref, k: Ref, v: Ref, pages: Re
     slot = jnp.maximum(slot, 0)
     row = _page_row(plan, scalars[0], jax.lax.div(slot, plan.page_size), h) + jax.lax.rem(slot, plan.page_size)
     row = jnp.where(valid, row, pages.shape[0])  # the interpreter writes masked numbers back: to nowhere
-    for source, first in ((k, row), (v, row + plan.page_size)):
+    for which, source in enumerate(new):
         for start, width in chunks(pages.shape[1]):
             x = _load(source, token * plan.num_kv_heads + h, start, width, source.shape[1], valid)
-            _store(pages, first, start, width, pages.shape[1], valid, x)
+            _store(pages, row + which * plan.page_size, start, width, pages.shape[1], valid, x)
 
 
 def decode_kernel(plan: Plan, batch: Batch, sums: Ref, tops: Ref, totals: Ref) -> None:
@@ -128,7 +133,7 @@ def combine_kernel(
         denominator = jnp.sum(weight * total)
         if sink is not None:
             denominator += jnp.exp2(sink - highest)
-        for chunk, width in plan.value_chunks:
+        for chunk, width in plan.combined_chunks:
             parts = _load(sums, partial, chunk, width, plan.value_size, used)
             value = jnp.sum(parts * weight[:, None], axis=0) * plan.value_scale / jnp.maximum(denominator, 1e-30)
             _store_row(plan, out, (start + offset) * plan.num_heads + head, chunk, width, value)
@@ -210,7 +215,7 @@ class _Walk:
         self.plan, self.batch, self.tile, self.blocks, self.end = plan, batch, tile, blocks, end
         rows = jnp.where(tile.valid, tile.rows(plan), 0)
         self.queries = [
-            _load(batch.q, rows, chunk, width, plan.head_size, tile.valid).astype(plan.compute_dtype) for chunk, width in plan.key_chunks
+            _load(batch.q, rows, chunk, width, end, tile.valid).astype(plan.compute_dtype) for chunk, width, end in plan.key_chunks
         ]
         self.window = batch.scalars[1]
         self.layer = batch.scalars[0]
@@ -231,10 +236,11 @@ class _Walk:
             key = index * self.blocks.context + jnp.arange(self.blocks.context, dtype=jnp.int32)
             inside = self._inside(key) if masked else None
             row = self._key_rows(key, inside)
-            scores = self._scores(self._products(row, inside), key)
+            products, keys = self._products(row, inside)
+            scores = self._scores(products, key)
             if inside is not None:
                 scores = jnp.where(self._visible(key, inside), scores, MASKED)
-            return self._fold(state, scores, row + self.plan.page_size, inside)
+            return self._fold(state, scores, self._values(row, keys, inside))
 
         return jax.lax.fori_loop(first, last, body, state)
 
@@ -260,13 +266,22 @@ class _Walk:
         page = _load_vector(self.batch.table, entry, inside)
         return _page_row(plan, self.layer, page, self.tile.kv_head) + jax.lax.rem(key, plan.page_size)
 
-    def _products(self, row: jax.Array, inside: jax.Array | None) -> jax.Array:
+    def _products(self, row: jax.Array, inside: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
+        """Of the queries with the keys in some rows of the cache; and these keys, in chunks."""
+        keys, products = [], []
+        for (chunk, width, end), query in zip(self.plan.key_chunks, self.queries, strict=True):
+            keys.append(self._cached(row, chunk, width, end, inside))
+            products.append(_dot(query, keys[-1], 1))
+        return sum(products[1:], products[0]), keys
+
+    def _values(self, row: jax.Array, keys: list[jax.Array], inside: jax.Array | None) -> Iterator[jax.Array]:
+        """Of the keys in some rows of the cache, in chunks; each is loaded when it is asked for."""
         plan = self.plan
-        products = [
-            _dot(query, self._cached(row, chunk, width, plan.head_size, inside), 1)
-            for (chunk, width), query in zip(plan.key_chunks, self.queries, strict=True)
-        ]
-        return sum(products[1:], products[0])
+        if plan.values_in_keys:
+            yield from keys[: len(plan.value_chunks)]
+            return
+        for chunk, width in plan.value_chunks:
+            yield self._cached(row + plan.page_size, chunk, width, plan.value_size, inside)
 
     def _cached(self, row: jax.Array, chunk: int, width: int, size: int, inside: jax.Array | None) -> jax.Array:
         """Numbers of the cache as operands of products; keys that nobody sees are zero, as 0 * NaN is NaN."""
@@ -286,19 +301,15 @@ class _Walk:
             scores += self.slopes[:, None] * distance.astype(jnp.float32)
         return scores
 
-    def _fold(self, state: State, scores: jax.Array, row: jax.Array, inside: jax.Array | None) -> State:
+    def _fold(self, state: State, scores: jax.Array, values: Iterator[jax.Array]) -> State:
         top, total, parts = state
-        plan = self.plan
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - new_top[:, None])  # 0 where masked: new_top is at least EMPTY
         total = total * shrink + jnp.sum(weights, axis=1)
-        weights = weights.astype(plan.compute_dtype)
-        new_parts = []
-        for (chunk, width), part in zip(plan.value_chunks, parts, strict=True):
-            values = self._cached(row, chunk, width, plan.value_size, inside)
-            new_parts.append(part * shrink[:, None] + _dot(weights, values, 0))
-        return new_top, total, tuple(new_parts)
+        weights = weights.astype(self.plan.compute_dtype)
+        parts = tuple(part * shrink[:, None] + _dot(weights, value, 0) for part, value in zip(parts, values, strict=True))
+        return new_top, total, parts
 
 
 def _finish(plan: Plan, batch: Batch, tile: Tile, state: State, out: Ref) -> None:
@@ -318,7 +329,8 @@ def _finish(plan: Plan, batch: Batch, tile: Tile, state: State, out: Ref) -> Non
 
 def _page_row(plan: Plan, layer: jax.Array, page: jax.Array, head: jax.Array) -> jax.Array:
     """The row of the cache where the keys of a head of a page begin."""
-    return ((layer * plan.num_pages + page) * (2 * plan.num_kv_heads) + 2 * head) * plan.page_size
+    rows = plan.page_size if plan.values_in_keys else 2 * plan.page_size
+    return ((layer * plan.num_pages + page) * plan.num_kv_heads + head) * rows
 
 
 def _dot(a: jax.Array, b: jax.Array, contracted: int) -> jax.Array:

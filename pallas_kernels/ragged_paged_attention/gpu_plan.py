@@ -27,6 +27,7 @@ LONE_ROW_PROGRAMS = 256  # into which the longest context is split, over all KV 
 LEAST_SPLIT = 256  # keys: shorter ones write partial results of more than a few percent of what they read
 WRITE_TOKENS = 16
 MAX_HEAD_SIZE = 256
+MOST_COMBINED = 1 << 14  # numbers: half the registers of four warps
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,14 @@ class Blocks:
 class Plan:
     """Everything about one call that is known when it is traced."""
 
+    op: str  # whose kernels these are, for profilers
     num_tokens: int
     num_rows: int
     num_heads: int
     num_kv_heads: int
     head_size: int
     value_size: int
+    values_in_keys: bool  # a value is the first value_size numbers of its key, and has no row of its own in the cache
     page_size: int
     num_pages: int
     table_width: int
@@ -59,6 +62,7 @@ class Plan:
     decode: Blocks
     prefill: Blocks
     least_split: int
+    max_splits: int  # of the longest context
     short_tokens: int
     one_token_rows: bool
     causal: bool
@@ -82,9 +86,15 @@ class Plan:
         return _compute_dtype(self.query_dtype, self.cache_dtype)
 
     @property
-    def key_chunks(self) -> tuple[tuple[int, int], ...]:
-        """Start and size of the powers of two that cover a key."""
-        return chunks(self.head_size)
+    def key_chunks(self) -> tuple[tuple[int, int, int], ...]:
+        """Start and size of the powers of two that cover a key, those of a value in it first, and where the numbers that count end."""
+        if not self.values_in_keys:
+            return tuple((start, width, self.head_size) for start, width in chunks(self.head_size))
+        rest = chunks(self.head_size - self.value_size)
+        return (
+            *((start, width, self.value_size) for start, width in self.value_chunks),
+            *((self.value_size + start, width, self.head_size) for start, width in rest),
+        )
 
     @property
     def value_chunks(self) -> tuple[tuple[int, int], ...]:
@@ -92,9 +102,11 @@ class Plan:
         return chunks(self.value_size)
 
     @property
-    def max_splits(self) -> int:
-        """Of the longest context."""
-        return min(max(LONE_ROW_PROGRAMS // self.num_kv_heads, 4), 64)
+    def combined_chunks(self) -> tuple[tuple[int, int], ...]:
+        """Start and size of what the last kernel combines of a value at a time, so that all splits of it are in registers."""
+        most = MOST_COMBINED // power_of_two(self.max_splits)
+        pieces = [(start, width, min(width, most)) for start, width in self.value_chunks]
+        return tuple((start + i, piece) for start, width, piece in pieces for i in range(0, width, piece))
 
     @property
     def num_splits(self) -> int:
@@ -155,9 +167,10 @@ def make_plan(
     cache_dtype, query_dtype = jnp.dtype(pages.dtype), jnp.dtype(q.dtype)
     decode, prefill, split = _blocks(chip, N // K, H, Hv, query_dtype, cache_dtype, f"K{K} G{N // K} H{H} page{page_size}")
     return Plan(
-        num_tokens=q.shape[0], num_rows=page_table.shape[0], num_heads=N, num_kv_heads=K, head_size=H, value_size=Hv, page_size=page_size,
-        num_pages=num_pages, table_width=page_table.shape[1], query_dtype=query_dtype, cache_dtype=cache_dtype,
-        paired=_needs_pairs(pages), decode=decode, prefill=prefill, least_split=split,
+        op="ragged_paged_attention", num_tokens=q.shape[0], num_rows=page_table.shape[0], num_heads=N, num_kv_heads=K, head_size=H,
+        value_size=Hv, values_in_keys=False, page_size=page_size, num_pages=num_pages, table_width=page_table.shape[1],
+        query_dtype=query_dtype, cache_dtype=cache_dtype, paired=_needs_pairs(pages), decode=decode, prefill=prefill, least_split=split,
+        max_splits=min(max(LONE_ROW_PROGRAMS // K, 4), 64),
         short_tokens=1 if one_token_rows else max(min(decode.rows // (N // K), MOST_SHORT_TOKENS), 1), one_token_rows=one_token_rows,
         causal=causal, windowed=windowed, softcap=softcap, alibi=alibi, sinks=sinks, score_scale=sm_scale * k_scale, value_scale=v_scale,
         converts_float8=chip.converts_float8, interpret=limits is None,
@@ -227,12 +240,12 @@ def _blocks(
     key_size = sum(size for _, size in (*chunks(H), *chunks(Hv)))
     sizes = (key_size, power_of_two(H), cache_dtype.itemsize, compute_dtype.itemsize)
     # Two decode programs share a multiprocessor: while one waits for its first keys, the other one computes.
-    decode = _fit(dataclasses.replace(decode, **found[0]), sizes, chip.shared_bytes // 2)
-    prefill = _fit(dataclasses.replace(prefill, **found[1]), sizes, chip.shared_bytes)
+    decode = fit(dataclasses.replace(decode, **found[0]), sizes, chip.shared_bytes // 2)
+    prefill = fit(dataclasses.replace(prefill, **found[1]), sizes, chip.shared_bytes)
     return decode, prefill, cdiv(split, decode.context) * decode.context
 
 
-def _fit(blocks: Blocks, sizes: tuple[int, int, int, int], shared_bytes: int) -> Blocks:
+def fit(blocks: Blocks, sizes: tuple[int, int, int, int], shared_bytes: int) -> Blocks:
     """The blocks with fewer stages, then fewer keys, then fewer rows, as far as they need to be to fit.
 
     Args:

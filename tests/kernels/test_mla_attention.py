@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -236,7 +237,7 @@ def test_kernel_refuses_with_a_reason(changed: dict[str, np.ndarray], message: s
         run("tpu", inputs)
 
 
-# --- the compiler
+# --- the TPU compiler
 
 Shape = jax.ShapeDtypeStruct
 DECODE = (("one_token_rows", True),)
@@ -272,20 +273,23 @@ TARGETS = (
 )
 
 
+def compiled(target: str, call: Compiled, kernel: ModuleType) -> jax.stages.Compiled:
+    def function(q_latent: Any, q_rope: Any, latent: Any, rope_key: Any, pages: Any, layer: Any, batch: Any) -> Any:
+        return kernel.mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch, sm_scale=0.1, **dict(call.static))
+
+    tokens = [Shape((call.T, *shape), call.dtype) for shape in ((call.N, 512), (call.N, 64), (512,), (64,))]
+    arguments = (*tokens, call.cache, Shape((), jnp.int32), aot.batch_of(call.S, call.P))
+    return aot.compile_for(aot.mesh_for(target), function, arguments, donate=(4,))
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("call", TARGETS, ids=lambda call: call.name)
 @pytest.mark.parametrize("target", aot.TPUS)
 def test_kernel_compiles_in_place(target: str, call: Compiled) -> None:
-    def function(q_latent: Any, q_rope: Any, latent: Any, rope_key: Any, pages: Any, layer: Any, batch: Any) -> Any:
-        return tpu.mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch, sm_scale=0.1, **dict(call.static))
-
-    tokens = [Shape((call.T, *shape), call.dtype) for shape in ((call.N, 512), (call.N, 64), (512,), (64,))]
-    arguments = (*tokens, call.cache, Shape((), jnp.int32), aot.batch_of(call.S, call.P))
-    executable = aot.compile_for(aot.tpu_mesh(target), function, arguments, donate=(4,))
     # The padded queries, the output, the new vectors by page, a padded page table: nothing that grows with the cache.
     queries_bytes, vectors_bytes = call.T * tpu_plan.round_up(call.N, 16) * 640 * 4, call.S * call.page_size * 640 * 4
     temporaries = 2 * queries_bytes + 2 * call.S * call.P * 4 + 2 * vectors_bytes + tuning.MIB
-    aot.check_in_place(executable, [call.cache], temporaries=temporaries)
+    aot.check_in_place(compiled(target, call, tpu), [call.cache], temporaries=temporaries)
 
 
 @pytest.mark.aot

@@ -259,7 +259,7 @@ def test_chunks_cover_a_head_with_powers_of_two(size: int) -> None:
 def test_plan_fits_the_smallest_gpu(group: int, dtypes: tuple[str, str]) -> None:
     for H in (64, 80, 128, 192, 256):
         plan = plan_for(G=group, H=H, dtypes=dtypes)
-        keys = 2 * sum(width for _, width in plan.key_chunks) * plan.cache_dtype.itemsize
+        keys = 2 * sum(width for _, width, _ in plan.key_chunks) * plan.cache_dtype.itemsize
         for blocks in (plan.decode, plan.prefill):
             assert blocks.stages >= gpu_plan.LEAST_STAGES
             buffers = (blocks.stages - 1) // 2 + 1
