@@ -7,14 +7,19 @@ import functools
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 
 
 @functools.wraps(reference.grouped_matmul)
 def grouped_matmul(
     x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None, platform: str | None = None
 ) -> jax.Array:
-    module = IMPLEMENTATIONS[dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)]
-    return module.grouped_matmul(x, weights, group_sizes)
+    chosen = dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)
+    if chosen == "gpu" and implementation is None:
+        try:
+            return gpu.grouped_matmul(x, weights, group_sizes)
+        except NotImplementedError:
+            chosen = "xla"
+    return IMPLEMENTATIONS[chosen].grouped_matmul(x, weights, group_sizes)

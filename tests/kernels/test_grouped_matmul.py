@@ -1,4 +1,4 @@
-"""Every implementation of the grouped matrix product against a loop in numpy, and what the TPU compiler makes of it."""
+"""Every implementation of the grouped matrix product against a loop in numpy, and what the TPU and GPU compilers make of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, tpu
+from pallas_kernels import tuning
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, gpu, grouped_matmul, tpu
 from pallas_kernels.grouped_matmul.cases import CASES, Case, make_inputs
 from tests.kernels import aot
 
@@ -28,9 +29,16 @@ def by_hand(x: np.ndarray, weights: np.ndarray, group_sizes: np.ndarray) -> np.n
     return out
 
 
+def roomy(case: Case) -> Case:
+    """With padding and experts without rows up to sizes that many cases share: what is interpreted runs fast and compiles slowly."""
+    sizes = (*case.group_sizes, *[0] * (16 - len(case.group_sizes)))
+    return dataclasses.replace(case, group_sizes=sizes, padding=88 - sum(sizes))
+
+
 @functools.cache
 def jitted(implementation: str) -> Any:
-    return jax.jit(functools.partial(grouped_matmul, implementation=implementation))
+    options = {"xla_backend_optimization_level": 0} if implementation == "gpu" else None  # compiles faster
+    return jax.jit(functools.partial(grouped_matmul, implementation=implementation), compiler_options=options)
 
 
 def run(implementation: str, *arrays: Any) -> np.ndarray:
@@ -42,6 +50,8 @@ def run(implementation: str, *arrays: Any) -> np.ndarray:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_product_equals_the_definition(case: Case, implementation: str) -> None:
+    if implementation == "gpu" and case.name not in ("one row", "odd widths"):
+        case = roomy(case)
     inputs = make_inputs(case)
     np.testing.assert_allclose(run(implementation, *inputs), by_hand(*inputs), atol=2e-5, rtol=2e-5)  # float32 sums of 24 products
 
@@ -63,6 +73,49 @@ def test_xla_equals_the_definition_on_random_groups(data: st.DataObject) -> None
     np.testing.assert_allclose(run("xla", *inputs), by_hand(*inputs), atol=2e-5, rtol=2e-5)
 
 
+def test_gpu_row_is_the_same_in_any_company() -> None:
+    """Bit for bit, wherever it lies in its expert's tile, and beside rows of NaN; over two whole steps of depth and a part of one."""
+    case = roomy(Case(name="company", group_sizes=(2, 21, 0, 5), num_in=72))
+    x, weights, group_sizes = make_inputs(case)
+    together = run("gpu", x, weights, group_sizes)
+    np.testing.assert_allclose(together, by_hand(x, weights, group_sizes), atol=5e-5, rtol=5e-5)  # float32 sums of 72 products
+    for expert, row, place in ((0, 1, 0), (1, 2, 7), (1, 22, 30), (3, 27, 15)):
+        others, sizes = np.full_like(x, np.nan), np.zeros_like(group_sizes)
+        others[place], sizes[expert] = x[row], place + 1
+        np.testing.assert_array_equal(run("gpu", others, weights, sizes)[place], together[row])
+
+
+def test_gpu_refuses_two_dtypes_and_the_dispatcher_takes_plain_xla() -> None:
+    x, weights, group_sizes = make_inputs(CASES[2])
+    mixed = jnp.asarray(x), jnp.asarray(weights, jnp.bfloat16), jnp.asarray(group_sizes)
+    with pytest.raises(NotImplementedError, match="weights of bfloat16 for rows of float32"):
+        gpu.grouped_matmul(*mixed)
+    expected = by_hand(x, np.asarray(mixed[1], np.float32), group_sizes)
+    np.testing.assert_allclose(grouped_matmul(*mixed, platform="cuda"), expected, atol=2e-5, rtol=2e-5)
+
+
+@given(st.lists(st.integers(0, 300), min_size=2, max_size=9), st.sampled_from([16, 32, 128]))
+def test_gpu_grid_holds_every_row_block(sizes: list[int], rows: int) -> None:
+    *experts, padding = sizes
+    blocks = gpu.num_row_blocks(sum(sizes), len(experts), rows)
+    assert sum(-(-size // rows) for size in (*experts, padding)) <= blocks <= sum(sizes)
+
+
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_tiles_fit_the_chip_and_hold_the_rows_of_a_decode(dtype: str, shared_kib: int) -> None:
+    chip = dataclasses.replace(tuning.SMALLEST_GPU, shared_bytes=shared_kib * tuning.KIB)
+    depths = set()
+    for mean, rows in ((1, 16), (8, 16), (16, 32), (32, 64), (64, 128), (512, 128)):
+        tiles = gpu.choose_tiles(8 * mean, 8, 4096, jnp.dtype(dtype), chip)
+        assert tiles.rows == (rows if dtype == "bfloat16" else min(rows, 32))
+        assert tiles.shared_bytes(jnp.dtype(dtype).itemsize) <= chip.shared_bytes
+        assert tiles.stages >= gpu.LEAST_STAGES
+        assert tiles.columns >= gpu.LEAST_TILE
+        depths.add(tiles.depth)
+    assert len(depths) == 1
+
+
 # --- the compiler
 
 
@@ -77,6 +130,12 @@ class Compiled:
     F: int
     dtype: Any = jnp.bfloat16
     traffic: float = 1.35
+
+    def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Rows, weights and group sizes."""
+        Shape = jax.ShapeDtypeStruct
+        weights = Shape((self.E, self.D, self.F), self.dtype)
+        return Shape((self.T, self.D), self.dtype), weights, Shape((self.E,), jnp.int32)
 
 
 TARGETS = (
@@ -94,9 +153,7 @@ TARGETS = (
 @pytest.mark.parametrize("call", TARGETS, ids=lambda call: call.name)
 @pytest.mark.parametrize("target", aot.TPUS)
 def test_product_compiles_to_one_pass_over_the_weights(target: str, call: Compiled) -> None:
-    Shape = jax.ShapeDtypeStruct
-    arguments = (Shape((call.T, call.D), call.dtype), Shape((call.E, call.D, call.F), call.dtype), Shape((call.E,), jnp.int32))
-    executable = aot.compile_for(aot.tpu_mesh(target), tpu.grouped_matmul, arguments)
+    executable = aot.compile_for(aot.tpu_mesh(target), tpu.grouped_matmul, call.arguments())
     assert "ragged_dot_tiling" in aot.text_of(executable)  # XLA's kernel, not a product of every row with every matrix
     item = jnp.dtype(call.dtype).itemsize
     activations = call.T * (call.D + call.F)
@@ -104,3 +161,25 @@ def test_product_compiles_to_one_pass_over_the_weights(target: str, call: Compil
     cost = executable.cost_analysis()
     assert cost is not None
     assert cost["bytes accessed"] <= call.traffic * (call.E * call.D * call.F + activations) * item
+
+
+GPU_TARGETS = (
+    Compiled(name="mixtral 8x7B decode, gate and up", T=128, E=8, D=4096, F=28672),
+    Compiled(name="mixtral 8x7B prefill, down", T=4096, E=8, D=14336, F=4096),
+    Compiled(name="qwen3 30B-A3B decode of one row, gate and up", T=8, E=128, D=2048, F=1536),
+    Compiled(name="qwen3 30B-A3B prefill, down", T=16384, E=128, D=768, F=2048),
+    Compiled(name="gpt-oss 20B decode, gate and up, widths of 2880", T=256, E=32, D=2880, F=5760),
+    Compiled(name="gpt-oss 20B prefill, down, widths of 2880", T=8192, E=32, D=2880, F=2880),
+    Compiled(name="deepseek V3 decode, weights of 15 GB", T=512, E=256, D=7168, F=4096),
+    Compiled(name="float32, no whole tiles", T=64, E=16, D=1000, F=500, dtype=jnp.float32),
+)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("call", GPU_TARGETS, ids=lambda call: call.name)
+@pytest.mark.parametrize("target", aot.GPUS)
+def test_gpu_kernel_compiles_without_temporaries(target: str, call: Compiled) -> None:
+    executable = aot.compile_for(aot.gpu_mesh(target), gpu.grouped_matmul, call.arguments())
+    assert "grouped_matmul" in aot.text_of(executable)
+    assert aot.memory_of(executable).temp_size_in_bytes <= 64 * tuning.KIB  # which block is whose; nothing of the rows' or weights' size
+    assert not aot.copies_of(call.arguments()[:2], executable, any_shape=False)
