@@ -83,6 +83,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Interpreter:
     return Interpreter(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_kernels_equal_reference(case: Case, feature: str, interpret: Interpreter) -> None:

@@ -63,6 +63,7 @@ def test_logits_equal_transformers() -> None:
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_forty_greedy_continuations_equal_transformers() -> None:
     llm = LLM(max_rows=40, max_len=128, max_step_tokens=128, decode_rows=(40,), prefill_tokens=(128,), cache_bytes=300 << 20)
     texts = [form.format(subject) for form in FORMS for subject in SUBJECTS]
