@@ -66,7 +66,6 @@ def model(name: str) -> pathlib.Path:
     return directory
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_the_same_over_any_mesh(name: str) -> None:
     meshes = ("tensor=1", *MESHES[name])

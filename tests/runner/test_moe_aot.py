@@ -19,7 +19,7 @@ SIZES = {"decode_rows": (64,), "prefill_tokens": (512,), "max_rows": 64, "max_st
 @pytest.mark.aot
 @pytest.mark.parametrize("model", ["Mixtral-8x7B", "gpt-oss-20b", "DeepSeek-V2-Lite"])
 @pytest.mark.parametrize("chip", ["v6e", "sm_90"])
-@pytest.mark.parametrize(("kind", "tokens"), [("decode", 64), ("prefill", 512)])
+@pytest.mark.parametrize(("kind", "tokens"), [("decode", 64), pytest.param("prefill", 512, marks=pytest.mark.slow)])
 def test_step_is_in_place_and_copies_no_weights(kind: str, tokens: int, chip: str, model: str) -> None:
     """Of four layers, which fold into groups as all do: those of DeepSeek into a dense one and three with experts."""
     programs = make_programs(PUBLISHED[model][2], one_chip(chip), num_layers=4, **SIZES)

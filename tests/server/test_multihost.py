@@ -81,12 +81,10 @@ def answer(server: ServerProcess, body: dict[str, Any]) -> Any:
     return reply["choices"][0]["text"], reply["usage"]["completion_tokens"]
 
 
-@pytest.mark.slow
 def test_tokens_are_those_of_one_process(server: ServerProcess, pair: list[ServerProcess]) -> None:
     assert [answer(pair[0], body) for body in BODIES] == [answer(server, body) for body in BODIES]
 
 
-@pytest.mark.slow
 def test_tokens_are_those_of_one_process_when_four_serve(server: ServerProcess, logs: pathlib.Path) -> None:
     with together(logs, Group(count=4)) as processes:
         assert [answer(processes[0], body) for body in BODIES] == [answer(server, body) for body in BODIES]
@@ -94,7 +92,6 @@ def test_tokens_are_those_of_one_process_when_four_serve(server: ServerProcess, 
         assert [process.wait_until_ended() for process in processes] == [0] * 4
 
 
-@pytest.mark.slow
 def test_process_that_comes_late_is_refused_by_name_and_the_others_go_on(
     server: ServerProcess, pair: list[ServerProcess], pair_group: Group, logs: pathlib.Path
 ) -> None:
@@ -107,7 +104,6 @@ def test_process_that_comes_late_is_refused_by_name_and_the_others_go_on(
     assert answer(pair[0], BODIES[0]) == answer(server, BODIES[0])
 
 
-@pytest.mark.slow
 def test_killed_follower_ends_open_requests_and_the_leader(pair: list[ServerProcess]) -> None:
     leader, follower = pair
     with httpx.stream("POST", leader.url + COMPLETIONS, json=long_request(stream=True), timeout=60) as reply:
@@ -122,7 +118,6 @@ def test_killed_follower_ends_open_requests_and_the_leader(pair: list[ServerProc
     assert "process 1 is gone" in leader.log
 
 
-@pytest.mark.slow
 def test_follower_with_other_options_is_refused_by_name_and_so_is_the_start(logs: pathlib.Path) -> None:
     with together(logs, Group(count=2), "--max-rows", "3", ready=False) as (leader, follower):
         assert follower.wait_until_ended() == 1
