@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -163,7 +164,13 @@ def collectives(text: str) -> dict[str, int]:
 
 
 def step_cases() -> list[Any]:
-    return [pytest.param(case, kind, id=f"{case.name}-{kind}") for case in CASES for kind in case.kinds]
+    return [
+        pytest.param(
+            case, kind, id=f"{case.name}-{kind}", marks=[pytest.mark.slow] if kind == "prefill" and math.prod(case.mesh) > 1 else []
+        )
+        for case in CASES
+        for kind in case.kinds
+    ]  # fmt: skip
 
 
 @pytest.mark.aot
