@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -16,10 +18,7 @@ IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}
 def grouped_matmul(
     x: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None, platform: str | None = None
 ) -> jax.Array:
-    chosen = dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)
-    if chosen == "gpu" and implementation is None:
-        try:
-            return gpu.grouped_matmul(x, weights, group_sizes)
-        except NotImplementedError:
-            chosen = "xla"
-    return IMPLEMENTATIONS[chosen].grouped_matmul(x, weights, group_sizes)
+    def call(module: ModuleType) -> Any:
+        return module.grouped_matmul(x, weights, group_sizes)
+
+    return dispatch.run(IMPLEMENTATIONS, call, implementation, platform=platform, yields="gpu")

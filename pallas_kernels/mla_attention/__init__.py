@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -29,10 +30,7 @@ def mla_attention(
     platform: str | None = None,
     **batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    chosen = dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)
-    if chosen == "gpu" and implementation is None:
-        try:
-            return gpu.mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch)
-        except NotImplementedError:
-            chosen = "xla"  # which has the same cache
-    return IMPLEMENTATIONS[chosen].mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch)
+    def call(module: ModuleType) -> Any:
+        return module.mla_attention(q_latent, q_rope, latent, rope_key, pages, layer, **batch)
+
+    return dispatch.run(IMPLEMENTATIONS, call, implementation, platform=platform, yields="gpu")

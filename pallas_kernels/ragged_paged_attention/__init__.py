@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -34,10 +35,7 @@ def ragged_paged_attention(
     platform: str | None = None,
     **features: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    chosen = dispatch.choose(IMPLEMENTATIONS, implementation, platform=platform)
-    if chosen == "cpu" and implementation is None:
-        try:
-            return cpu.ragged_paged_attention(q, k, v, pages, layer, **features)
-        except NotImplementedError:
-            chosen = "xla"  # which has the same cache
-    return IMPLEMENTATIONS[chosen].ragged_paged_attention(q, k, v, pages, layer, **features)
+    def call(module: ModuleType) -> Any:
+        return module.ragged_paged_attention(q, k, v, pages, layer, **features)
+
+    return dispatch.run(IMPLEMENTATIONS, call, implementation, platform=platform, yields="cpu")
