@@ -101,6 +101,11 @@ class CompileConfig:
     cache_dir: str | None = _option(None, "downloads and compiled programs; default: $JAXSERVE_CACHE or ~/.cache/jaxserve")
 
 
+def compiler_environment() -> dict[str, str]:
+    """The variables that jax and its compilers read."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "LIBTPU_"))}
+
+
 MESH_AXES = ("data", "expert", "tensor")
 
 

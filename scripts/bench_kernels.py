@@ -1,9 +1,10 @@
-"""Measure ragged paged attention on the device at hand: achieved bandwidth and FLOP/s over what the device reaches in a copy and a matmul.
+"""Measure the kernels on the device at hand: achieved bandwidth and FLOP/s over what the device reaches in a copy and a matmul.
 
-1. Ceilings: a copy of 1 GiB, and a bfloat16 product of 8,192 x 8,192 matrices.
-2. Each case with each feature: median time of a call on a cache full of random numbers, every page somewhere else.
-3. The same data through jax's own paged kernel for the platform, and dense through jax.nn.dot_product_attention, where they take the case.
-4. Print a table and one JSON line a row. --scale N divides contexts and prompts by N, for slow devices.
+1. Ceilings: a copy of 1 GiB, and a product of 8,192 x 8,192 matrices.
+2. Attention: each case with each feature, median time of a call on a cache full of random numbers, every page somewhere else.
+   The same data through jax's own paged kernel for the platform, and dense through jax.nn.dot_product_attention, where they take the case.
+3. Latent attention, the products of experts, and on a CPU those of weights, beside what jax has for them: bench_more_kernels.py.
+4. Print a table and one JSON line a row. --scale N divides contexts, prompts and widths of experts by N, for slow devices.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_more_kernels import Timed, expert_products, latent_attention, weight_products
 
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS, cache_shape, ragged_paged_attention
 
@@ -77,51 +79,64 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+OPS = {"attention": None, "latent": latent_attention, "experts": expert_products, "products": weight_products}
+
+
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description="Measure ragged paged attention on the device at hand.", allow_abbrev=False)
-    parser.add_argument("--scale", type=int, default=1, help="divide contexts and prompts by this")
+    parser = argparse.ArgumentParser(description="Measure the kernels on the device at hand.", allow_abbrev=False)
+    parser.add_argument("--ops", default=",".join(OPS), help="comma-separated; default: all")
+    parser.add_argument("--scale", type=int, default=1, help="divide contexts, prompts and widths of experts by this")
     parser.add_argument("--cases", default="", help="only cases whose names contain this")
-    parser.add_argument("--features", default=",".join(FEATURES), help="comma-separated; default: all")
-    parser.add_argument("--implementation", choices=sorted(IMPLEMENTATIONS), help="default: the platform's own")
+    parser.add_argument("--features", default=",".join(FEATURES), help="of attention, comma-separated; default: all")
+    parser.add_argument("--implementation", choices=sorted(IMPLEMENTATIONS), help="of attention; default: the platform's own")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
-    device = jax.devices()[0]
-    ceilings = measure_ceilings(args.scale, args.repeats)
-    copy, matmul = ceilings["copy"] / 1e9, ceilings["matmul"] / 1e12
-    print(f"{device.device_kind}, jax {jax.__version__}: copy {copy:.0f} GB/s, matmul {matmul:.2f} TFLOP/s")
-    print(f"{'case':<32}{'feature':<14}{'of':<22}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'TFLOP/s':>9}{'of matmul':>10}")
+    for op in args.ops.split(","):
+        dtype = "float32" if op == "products" else "bfloat16"
+        ceilings = measure_ceilings(args.scale, args.repeats, dtype)
+        copy, matmul = ceilings["copy"] / 1e9, ceilings["matmul"] / 1e12
+        device = jax.devices()[0].device_kind
+        print(f"{op} on {device}, jax {jax.__version__}, {dtype}: copy {copy:.0f} GB/s, matmul {matmul:.2f} TFLOP/s")
+        print(f"{'case':<32}{'feature':<14}{'of':<22}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'TFLOP/s':>9}{'of matmul':>10}")
+        more = OPS[op]
+        timed = attention(args.scale, args.features.split(","), args.implementation) if more is None else more(args.scale)
+        for case in timed:
+            if args.cases in case.name:
+                report(case, time_call(case.make(), args.repeats), ceilings)
+
+
+def attention(scale: int, features: list[str], implementation: str | None) -> Iterator[Timed]:
+    """Every case with every feature, and the same data in jax's kernels."""
     for case in CASES:
-        if args.cases not in case.name:
-            continue
-        small = dataclasses.replace(case, rows=tuple((max(c // args.scale, 1), max(n // args.scale, 1)) for c, n in case.rows))
-        for who, feature, call in calls(small, args.features.split(","), args.implementation):
-            report(small, feature, who, time_call(call, args.repeats), ceilings)
+        small = dataclasses.replace(case, rows=tuple((max(c // scale, 1), max(n // scale, 1)) for c, n in case.rows))
+        for who, feature, make in calls(small, features, implementation):
+            yield Timed(name=case.name, feature=feature, who=who, make=make, bytes_moved=small.bytes_moved, flops=small.flops)
 
 
-def report(case: Case, feature: str, who: str, seconds: float, ceilings: dict[str, float]) -> None:
+def report(case: Timed, seconds: float, ceilings: dict[str, float]) -> None:
     """One row of the table, and its JSON line."""
     bandwidth, rate = case.bytes_moved / seconds, case.flops / seconds
     row = {
-        "case": case.name, "feature": feature, "of": who, "ms": 1e3 * seconds, "gb_per_s": bandwidth / 1e9,
+        "case": case.name, "feature": case.feature, "of": case.who, "ms": 1e3 * seconds, "gb_per_s": bandwidth / 1e9,
         "of_copy": bandwidth / ceilings["copy"], "tflop_per_s": rate / 1e12, "of_matmul": rate / ceilings["matmul"],
     }  # fmt: skip
     print(
-        f"{case.name:<32}{feature:<14}{who:<22}{row['ms']:>9.3f}{row['gb_per_s']:>9.1f}{row['of_copy']:>9.0%}"
+        f"{case.name:<32}{case.feature:<14}{case.who:<22}{row['ms']:>9.3f}{row['gb_per_s']:>9.1f}{row['of_copy']:>9.0%}"
         f"{row['tflop_per_s']:>9.2f}{row['of_matmul']:>10.0%}"
     )
     print(json.dumps(row), flush=True)
 
 
-def measure_ceilings(scale: int, repeats: int) -> dict[str, float]:
-    """Bytes a second of a copy (read and written), and FLOP a second of a bfloat16 product."""
-    x = jnp.zeros((1 << 29) // scale, jnp.bfloat16)
+def measure_ceilings(scale: int, repeats: int, dtype: str = "bfloat16") -> dict[str, float]:
+    """Bytes a second of a copy (read and written), and FLOP a second of a product."""
+    x = jnp.zeros((1 << 30) // scale // jnp.dtype(dtype).itemsize, dtype)
     copy = jax.jit(lambda x: x + 1)
     side = max(8192 // scale, 256)
-    a = jnp.ones((side, side), jnp.bfloat16)
+    a = jnp.ones((side, side), dtype)
     matmul = jax.jit(lambda a: a @ a)
     return {
-        "copy": 2 * x.size * 2 / time_call(lambda: copy(x), repeats),
+        "copy": 2 * x.nbytes / time_call(lambda: copy(x), repeats),
         "matmul": 2 * side**3 / time_call(lambda: matmul(a), repeats),
     }
 
@@ -140,15 +155,15 @@ def _elapsed(call: Callable[[], Any], times: int) -> float:
     return time.perf_counter() - start
 
 
-def calls(case: Case, features: list[str], implementation: str | None) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(whose, feature, call without arguments) of a case."""
-    data = make_data(case, implementation)
+def calls(case: Case, features: list[str], implementation: str | None) -> Iterator[tuple[str, str, Callable[[], Callable[[], Any]]]]:
+    """(whose, feature, what makes a call without arguments) of a case."""
+    data = functools.cache(lambda: make_data(case, implementation))
     for feature in features:
-        yield "jaxserve", feature, ours(case, data, FEATURES[feature], implementation)
-    yield "jax.nn, dense", "plain", dense(case, data)
+        yield "jaxserve", feature, lambda feature=feature: ours(case, data(), FEATURES[feature], implementation)
+    yield "jax.nn, dense", "plain", lambda: dense(case, data())
     peer = {"tpu": jax_tpu_kernel, "gpu": jax_gpu_kernel}.get(jax.default_backend())
     if peer is not None and (jax.default_backend() == "tpu" or case.one_token_rows):
-        yield "jax's paged kernel", "plain", peer(case, data)
+        yield "jax's paged kernel", "plain", lambda: peer(case, data())
 
 
 def make_data(case: Case, implementation: str | None) -> dict[str, Any]:

@@ -12,14 +12,20 @@ from typing import Any
 import jax
 
 from jaxserve.metrics import Metrics
+from jaxserve.runner.executables import sources, use_directory
 
-_CACHE_BYTES = 8 << 30
+_CACHE_BYTES = 4 << 30
 
 
 def use_compile_cache(directory: pathlib.Path) -> None:
-    """Let jax keep compiled programs in a directory, so that the next start finds them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    """Let jax keep the programs that are not of a runner, or that a runner could not keep, in a directory.
+
+    Each version of jaxserve has its own there: what another one left would not be compiled, and so not be kept whole.
+    """
+    chosen = use_directory(directory / f"jax-{sources()[:16]}")
+    if chosen is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
     # With a bound jax takes a lock to write, so that several servers can share the directory.
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -23,6 +23,7 @@ from jaxserve.runner.sampling import MASK_CHUNK, SEEN_CHUNK, seed_slot, set_mask
 from jaxserve.runner.shapes import StepShape, make_shapes
 from jaxserve.runner.step import Step, make_step
 from jaxserve.sharding import Device, Placement, mesh_of, split_of
+from pallas_kernels.native.empty import empty
 
 Platform = Literal["cpu", "tpu", "gpu"]
 _WHOLE_TEXT_TOKENS = 8192  # the longest texts for which steps grow by themselves, of models that see them as a whole
@@ -42,6 +43,12 @@ class Target:
     platform: Platform
     sharding: Sharding
     memory_bytes: int = 0
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """In the order of the mesh."""
+        mesh = mesh_of(self.sharding)
+        return tuple(self.sharding.device_set if mesh is None else mesh.devices.flat)
 
 
 def platform_of(device: Device) -> Platform:
@@ -100,7 +107,7 @@ class Programs:
         dtype = jnp.dtype(default if config.model.dtype == "auto" else config.model.dtype)
         self._cache_dtype = dtype if config.cache.cache_dtype == "auto" else jnp.dtype(config.cache.cache_dtype)
         loop = config.compile.layer_loop
-        self._target = target
+        self._spec, self._target = spec, target
         self.limits = settle_limits(config, spec, target.platform)
         self.groups = fold_layers(spec.layers, scan=loop == "scan" or (loop == "auto" and target.platform == "tpu"))
         self._mesh, self._split = mesh_of(target.sharding), split_of(target.sharding)
@@ -151,10 +158,16 @@ class Programs:
         return -(-memory.output_size_in_bytes // _PAGES_AT_A_TIME)
 
     def lower_cache(self, num_pages: int) -> jax.stages.Lowered:
-        """A program that makes a cache of zeros."""
+        """A program that makes a cache, of zeros where they cost nothing beside the allocation."""
         shapes = self._cache_shapes(num_pages, of_all=True)
-        zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.jit(zeros, out_shardings=self._formats(shapes)).lower()
+        make = empty if self._target.platform == "cpu" and self._mesh is None else jnp.zeros
+        caches = functools.partial(jax.tree.map, lambda leaf: make(leaf.shape, leaf.dtype), shapes)
+        return jax.jit(caches, out_shardings=self._formats(shapes)).lower()
+
+    def identity(self, num_pages: int) -> str:
+        """Everything that shapes the programs, but for the devices and the versions of what compiles them."""
+        parts = self._spec, self.groups, self.limits, self._mesh, self.param_shapes, self.cache_shapes(num_pages), self.state_shapes
+        return "\n".join(map(repr, (*parts, self.layouts)))
 
     def make_state(self) -> Any:
         """The sampling state, zeroed."""

@@ -21,6 +21,7 @@ from jaxserve.models.params import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.request import Request, TokenLogprobs
 from jaxserve.runner.compile import compile_all
+from jaxserve.runner.executables import Executables
 from jaxserve.runner.memory import MemoryPlan, least_of_all, num_bytes, plan_memory
 from jaxserve.runner.pack import Packer
 from jaxserve.runner.pooling import PoolState
@@ -126,7 +127,9 @@ class Runner:
         if self._spec.pool is None:
             programs["seed_slot"] = lambda: self._programs.lower_seed_slot().compile()
             programs["set_masks"] = lambda: self._programs.lower_set_masks().compile()
-        compiled = compile_all(programs, threads=self._config.compile.compile_threads, progress=progress)
+        kept = Executables(self._config.cache_path / "programs", self._programs.identity(self.memory.num_pages), self._target.devices)
+        ready = {name: functools.partial(kept.get, name, build) for name, build in programs.items()}
+        compiled = compile_all(ready, threads=self._config.compile.compile_threads, progress=progress)
         self._executables = compiled
         temporaries = max(executable.memory_analysis().temp_size_in_bytes for executable in compiled.values())
         self.memory = dataclasses.replace(self.memory, temporaries=temporaries)

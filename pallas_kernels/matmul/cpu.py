@@ -19,8 +19,8 @@ TOKENS = 256  # weights come from memory while the first tokens of an item use t
 FEW_TOKENS, FEW_FEATURES, MANY_FEATURES = 64, 24, 48  # the latter, for more than FEW_TOKENS, fill half of a cache of 512 KB at D = 1536
 GROUP_BYTES = 20 << 10  # of tokens that go through the same weights, all of it in the fastest cache
 
-_TARGET = "jaxserve_matmul"
-_item_address = ffi.item_address(_TARGET)
+TARGET = "jaxserve_matmul"
+_item_address = ffi.item_address(TARGET)
 
 
 def matmul(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -31,8 +31,8 @@ def matmul(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -
     T, D = x.shape
     if not (x.dtype == weight.dtype == (dtype or x.dtype) == jnp.float32) or D % LINE or 0 in (T, *weight.shape):
         raise NotImplementedError(f"{x.dtype}[{T}, {D}] times {weight.dtype}{list(weight.shape)}")
-    _compile()
-    return jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((T, weight.shape[0]), jnp.float32))(x, weight)
+    define()
+    return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((T, weight.shape[0]), jnp.float32))(x, weight)
 
 
 @njit
@@ -74,5 +74,6 @@ def _handler(frame: int) -> int:
 
 
 @ffi.once
-def _compile() -> Any:
-    return ffi.define(_TARGET, _item, _handler)
+def define() -> Any:
+    """Make the kernel known to XLA; see ffi.define."""
+    return ffi.define(TARGET, _item, _handler)

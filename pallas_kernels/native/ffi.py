@@ -17,7 +17,7 @@ import pathlib
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from llvmlite import binding, ir
@@ -225,23 +225,30 @@ def use_cache() -> bool:
     return os.access(chosen, os.W_OK)
 
 
+def processor() -> str:
+    """Name and features of this processor, as compilers know it."""
+    return f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
+
+
 def item_address(target: str) -> Any:
     """A function of no arguments that numba compiles: the address of the item of a kernel that is defined under this name."""
     return address_of(f"{target}_item")
 
 
-def define(target: str, item: Callable[[int, int, int], int], handler: Callable[[int], int]) -> tuple[Any, ...]:
+def define(target: str, item: Callable[[int, int, int], int] | None, handler: Callable[[int], int]) -> tuple[Any, ...]:
     """Compiles a kernel and makes it known to XLA.
 
     Args:
-      item: item(operands, results, index); returns 0.
+      item: item(operands, results, index); returns 0. None if there is no work to share.
       handler: handler(frame), which calls `run` if the frame `executes`; returns 0, or the address of an XLA_FFI_Error.
     Returns: what has to live as long as the process.
     """
     cache = use_cache()
-    task = _define_task()
-    compiled_item: Any = cfunc(_ITEM, cache=cache)(item)
-    binding.add_symbol(f"{target}_item", compiled_item.address)
+    task = compiled_item = None
+    if item is not None:
+        task = _define_task()
+        compiled_item = cast(Any, cfunc(_ITEM, cache=cache)(item))
+        binding.add_symbol(f"{target}_item", compiled_item.address)
     compiled_handler: Any = cfunc(_HANDLER, cache=cache)(handler)
     function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(compiled_handler.address)
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")

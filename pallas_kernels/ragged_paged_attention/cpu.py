@@ -25,8 +25,8 @@ from pallas_kernels.ragged_paged_attention.xla import cache_shape as cache_shape
 QUERIES = 32
 FAR = 2**30  # a window that hides nothing
 
-_TARGET = "jaxserve_ragged_paged_attention"
-_item_address = ffi.item_address(_TARGET)
+TARGET = "jaxserve_ragged_paged_attention"
+_item_address = ffi.item_address(TARGET)
 _Q, _K, _V, _PAGES, _TABLE, _START, _LENGTHS, _BLOCKS, _SLOPES, _SINKS, _INTS, _FLOATS = range(12)  # operands
 _LAYER, _WINDOW, _CAUSAL = range(3)
 _Q_SCALE, _V_SCALE, _SOFTCAP = range(3)
@@ -68,7 +68,7 @@ def ragged_paged_attention(
     if distance_bias is not None:
         raise NotImplementedError("a bias for each distance: there is one in plain XLA")
     del one_token_rows  # nothing to gain
-    _compile()
+    define()
     counts = query_start[1:] - query_start[:-1]
     blocks = jnp.cumsum(-(-counts // QUERIES), dtype=jnp.int32)
     slopes = jnp.zeros(N, jnp.float32) if alibi_slopes is None else alibi_slopes.astype(jnp.float32)
@@ -76,7 +76,7 @@ def ragged_paged_attention(
     integers = [jnp.asarray(x, jnp.int32).reshape(()) for x in (layer, FAR if window is None else window, causal)]
     numbers = np.array([sm_scale * k_scale, v_scale, softcap or 0.0], np.float32)
     result = jax.ShapeDtypeStruct((T, N, v.shape[2]), jnp.float32), jax.ShapeDtypeStruct(pages.shape, pages.dtype)
-    out, pages = jax.ffi.ffi_call(_TARGET, result, input_output_aliases={_PAGES: 1})(
+    out, pages = jax.ffi.ffi_call(TARGET, result, input_output_aliases={_PAGES: 1})(
         q, k, v, pages, page_table, query_start, kv_len, blocks, slopes, logits, jnp.stack(integers), numbers
     )
     return out, pages
@@ -317,5 +317,6 @@ def _handler(frame: int) -> int:
 
 
 @ffi.once
-def _compile() -> Any:
-    return ffi.define(_TARGET, _item, _handler)
+def define() -> Any:
+    """Make the kernel known to XLA; see ffi.define."""
+    return ffi.define(TARGET, _item, _handler)
