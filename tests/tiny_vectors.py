@@ -12,7 +12,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.models.variants import shuffled
 from tests.tiny import TEXT, save_tokenizer
@@ -27,9 +27,10 @@ PROMPTS = {"query": "query: ", "document": "text: "}
 
 @functools.cache
 def tiny_encoder(
-    *, mode: str = "mean_tokens", dense: int | None = None, normalize: bool = True, matryoshka: tuple[int, ...] | None = None
-) -> pathlib.Path:
-    """A BERT with the modules of sentence-transformers, for texts of MAX_LEN tokens.
+    *, family: str = "Bert", mode: str = "mean_tokens", dense: int | None = None, normalize: bool = True,
+    matryoshka: tuple[int, ...] | None = None,
+) -> pathlib.Path:  # fmt: skip
+    """A BERT, or another family of transformers, with the modules of sentence-transformers, for texts of MAX_LEN tokens.
 
     Args:
       mode: of pooling.
@@ -38,7 +39,8 @@ def tiny_encoder(
     """
     directory = _directory()
     torch.manual_seed(11)
-    model = shuffled(BertModel(BertConfig(**SIZES)))
+    config = getattr(transformers, f"{family}Config")(**SIZES)
+    model = shuffled(getattr(transformers, f"{family}Model")(config))
     if matryoshka is not None:
         model.config.matryoshka_dimensions = list(matryoshka)
     model.save_pretrained(directory)

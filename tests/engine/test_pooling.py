@@ -51,6 +51,14 @@ def assert_close(found: Any, wanted: torch.Tensor) -> None:
     assert np.abs(np.array(found) - wanted_array).max() < 1e-4 * np.abs(wanted_array).max()
 
 
+@pytest.mark.parametrize("family", ["MPNet", "NomicBert", "Gte", "ModernBert", "XLMRoberta"])
+def test_every_encoder_embeds_as_sentence_transformers_does(family: str) -> None:
+    path = tiny_encoder(family=family, normalize=False)
+    prompts = [[5, 17, 300], list(range(10, 50)), [2], [7] * 20]  # no 1, which is padding to MPNet's positions
+    for result in engine(path).embed(prompts, use_tqdm=False):
+        assert_close(result.outputs.embedding, pooled(states(path, list(result.prompt_token_ids)), "mean_tokens"))
+
+
 def test_encoder_with_dense_and_normalize_equals_sentence_transformers() -> None:
     path = tiny_encoder(dense=24)
     weights = dense_weights(24)

@@ -73,6 +73,8 @@ GEMMA = {
 }  # fmt: skip
 LLAMA = {key: value for key, value in SIZES.items() if key != "pad_token_id"} | {"num_key_value_heads": 2}
 GPT = {"vocab_size": VOCAB, "n_embd": 48, "n_head": 4, "n_layer": 3, "n_positions": 64, "bos_token_id": None, "eos_token_id": 0}
+MPNET = SIZES | {"relative_attention_num_buckets": 32, "max_position_embeddings": 66}
+GTE = SIZES | {"type_vocab_size": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 ENCODERS = {
     "llama, without a head": Encoder("LlamaModel", "LlamaConfig", LLAMA),
     "modernbert": Encoder("ModernBertModel", "ModernBertConfig", MODERN),
@@ -85,10 +87,8 @@ ENCODERS = {
     "roberta": Encoder("RobertaModel", "RobertaConfig", ROBERTA),
     "xlm-roberta": Encoder("XLMRobertaModel", "XLMRobertaConfig", ROBERTA),
     "distilbert": Encoder("DistilBertModel", "DistilBertConfig", DISTIL),
-    "mpnet": Encoder("MPNetModel", "MPNetConfig", SIZES | {"relative_attention_num_buckets": 32, "max_position_embeddings": 66}),
-    "gte": Encoder(
-        "GteModel", "GteConfig", SIZES | {"type_vocab_size": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    ),
+    "mpnet": Encoder("MPNetModel", "MPNetConfig", MPNET),
+    "gte": Encoder("GteModel", "GteConfig", GTE),
     "nomic": Encoder("NomicBertModel", "NomicBertConfig", SIZES),
 }
 CLASSIFIERS = {
@@ -106,6 +106,9 @@ CLASSIFIERS = {
         MODERN | {"num_labels": 1, "classifier_pooling": "mean", "classifier_bias": True, "classifier_activation": "relu"},
     ),
     "distilbert": Encoder("DistilBertForSequenceClassification", "DistilBertConfig", DISTIL | {"num_labels": 4}),
+    "mpnet": Encoder("MPNetForSequenceClassification", "MPNetConfig", MPNET | {"num_labels": 3}),
+    "gte, a score": Encoder("GteForSequenceClassification", "GteConfig", GTE | {"num_labels": 1}),
+    "nomic": Encoder("NomicBertForSequenceClassification", "NomicBertConfig", SIZES | {"num_labels": 3}),
 }
 LENGTHS = (1, 19, 6)  # of texts that are computed together; the second text of each pair begins half way
 

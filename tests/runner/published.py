@@ -35,6 +35,12 @@ BGE_LARGE: dict[str, Any] = {  # BAAI/bge-large-en-v1.5's config.json
     "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu",
 }  # fmt: skip
 
+MPNET_BASE: dict[str, Any] = {  # sentence-transformers/all-mpnet-base-v2's config.json
+    "architectures": ["MPNetModel"], "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+    "vocab_size": 30527, "max_position_embeddings": 514, "relative_attention_num_buckets": 32, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5, "pad_token_id": 1,
+}  # fmt: skip
+
 
 def one_chip(name: str) -> Target:
     """A chip of a kind, a key of aot.TPUS or aot.GPUS."""

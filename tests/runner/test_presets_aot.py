@@ -106,7 +106,7 @@ CASES = (
     Case(preset="v6e-8", model="Llama-3.1-8B", mesh=(1, 1, 8), kinds=("decode",), traffic=1.05),
     Case(preset="v6e-8", model="Llama-3.3-70B", mesh=(1, 1, 8), traffic=1.08),
     Case(preset="v6e-8", model="Mixtral-8x7B", mesh=(1, 1, 8), kinds=("decode",), traffic=1.0),
-    Case(preset="v6e-8", model="Mixtral-8x7B", options=("--mesh", "expert=8"), mesh=(1, 8, 1), kinds=("decode",)),
+    Case(preset="v6e-8", model="Mixtral-8x7B", options=("--mesh", "expert=8"), mesh=(1, 8, 1), kinds=("decode",), traffic=1.0),
     Case(preset="v5p-4", model="Llama-3.3-70B", mesh=(1, 1, 4), traffic=1.18),
     Case(preset="v5e-16", model="Llama-3.3-70B", mesh=(1, 1, 16), traffic=1.0),
     Case(preset="h100", model="Llama-3.1-8B"),
