@@ -158,7 +158,7 @@ class Programs:
         return -(-memory.output_size_in_bytes // _PAGES_AT_A_TIME)
 
     def lower_cache(self, num_pages: int) -> jax.stages.Lowered:
-        """A program that makes a cache, of zeros where they cost nothing beside the allocation."""
+        """A program that makes a cache: of zeros, but on a CPU of what its memory happens to hold, which takes none until it is used."""
         shapes = self._cache_shapes(num_pages, of_all=True)
         make = empty if self._target.platform == "cpu" and self._mesh is None else jnp.zeros
         caches = functools.partial(jax.tree.map, lambda leaf: make(leaf.shape, leaf.dtype), shapes)
