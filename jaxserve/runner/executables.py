@@ -10,6 +10,7 @@ The files hold machine code and pickles, as those of jax's own cache do: nobody 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -106,6 +107,7 @@ class Executables:
             part.unlink(missing_ok=True)
 
 
+@functools.cache  # each copy of a model asks, and jax's own cache; the code that runs is the one that was read
 def sources() -> str:
     """A digest of the code of jaxserve and of its kernels."""
     digest = hashlib.sha256()
