@@ -58,6 +58,7 @@ class GpuLimits:
     name: str
     shared_bytes: int
     converts_float8: bool
+    is_hopper: bool = False
 
 
 KIB = 1 << 10
@@ -65,9 +66,10 @@ KIB = 1 << 10
 SMALLEST_GPU = GpuLimits(name="gpu", shared_bytes=99 * KIB, converts_float8=False)
 # By the first words of the device's kind; shared memory per block from the compute capabilities of the CUDA C++ programming guide.
 _GPUS = (
-    (("A100", "A800"), 163 * KIB, False),
-    (("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300"), 227 * KIB, True),
-    (("L4", "L40", "L40S"), 99 * KIB, True),
+    (("A100", "A800"), 163 * KIB, False, False),
+    (("H100", "H200", "H800", "H20", "GH200"), 227 * KIB, True, True),
+    (("B100", "B200", "B300", "GB200", "GB300"), 227 * KIB, True, False),
+    (("L4", "L40", "L40S"), 99 * KIB, True, False),
 )
 
 
@@ -80,9 +82,9 @@ def gpu_limits() -> GpuLimits | None:
         return None
     words = device.device_kind.replace("-", " ").split()
     name = "_".join(words).lower()
-    for names, shared_bytes, converts_float8 in _GPUS:
+    for names, shared_bytes, converts_float8, is_hopper in _GPUS:
         if any(word in names for word in words):
-            return GpuLimits(name=name, shared_bytes=shared_bytes, converts_float8=converts_float8)
+            return GpuLimits(name=name, shared_bytes=shared_bytes, converts_float8=converts_float8, is_hopper=is_hopper)
     return dataclasses.replace(SMALLEST_GPU, name=name)
 
 

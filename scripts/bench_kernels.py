@@ -2,7 +2,8 @@
 
 1. Ceilings: a copy of 1 GiB, and a product of 8,192 x 8,192 matrices.
 2. Attention: each case with each feature, median time of a call on a cache full of random numbers, every page somewhere else.
-   The same data through jax's own paged kernel for the platform, and dense through jax.nn.dot_product_attention, where they take the case.
+   On Hopper prompts also through the Mosaic GPU kernel, whichever of both the engine would take. The same data through jax's own paged
+   kernel for the platform, and dense through jax.nn.dot_product_attention, where they take the case.
 3. Latent attention, the products of experts, and on a CPU those of weights, beside what jax has for them: bench_more_kernels.py.
 4. Print a table and one JSON line a row. --scale N divides contexts, prompts and widths of experts by N, for slow devices.
 """
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_more_kernels import Timed, expert_products, latent_attention, weight_products
 
+from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS, cache_shape, ragged_paged_attention
 
 
@@ -160,6 +162,10 @@ def calls(case: Case, features: list[str], implementation: str | None) -> Iterat
     data = functools.cache(lambda: make_data(case, implementation))
     for feature in features:
         yield "jaxserve", feature, lambda feature=feature: ours(case, data(), FEATURES[feature], implementation)
+    limits = tuning.gpu_limits()
+    if limits is not None and limits.is_hopper and not case.one_token_rows:
+        for feature in features:
+            yield "jaxserve, Mosaic GPU", feature, lambda feature=feature: ours(case, data(), FEATURES[feature], "hopper")
     yield "jax.nn, dense", "plain", lambda: dense(case, data())
     peer = {"tpu": jax_tpu_kernel, "gpu": jax_gpu_kernel}.get(jax.default_backend())
     if peer is not None and (jax.default_backend() == "tpu" or case.one_token_rows):

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.ragged_paged_attention import cpu, gpu, reference, tpu, xla
+from pallas_kernels.ragged_paged_attention import cpu, gpu, hopper, reference, tpu, xla
 
-IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "cpu": cpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "hopper": hopper, "cpu": cpu, "xla": xla, "reference": reference}
 
 
 def cache_shape(

@@ -2,7 +2,7 @@
 
 1. write_kernel: the new keys and values into their pages.
 2. decode_kernel: rows of few tokens, each split of their context by a program of its own, to partial results (flash-decoding).
-3. prefill_kernel: rows of more tokens, in tiles on tensor cores; zeros for padding.
+3. prefill_kernel: rows of more tokens, in tiles on tensor cores; zeros for padding. There is another one for Hopper, in hopper_kernel.py.
 4. combine_kernel: the partial results into the output.
 Every kernel that sees the cache takes it and returns it, aliased, so that their order leaves XLA no reason for a copy.
 
@@ -20,11 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels.ragged_paged_attention import gpu_kernel
-from pallas_kernels.ragged_paged_attention.gpu_plan import WRITE_TOKENS, Plan, cdiv, make_plan
+from pallas_kernels.ragged_paged_attention import gpu_kernel, hopper_kernel
+from pallas_kernels.ragged_paged_attention.gpu_plan import TILE_ALIGNMENT, WRITE_TOKENS, Plan, cdiv, make_plan
 from pallas_kernels.ragged_paged_attention.reference import encode, token_rows
 
 Shape = jax.ShapeDtypeStruct
@@ -55,11 +56,13 @@ def ragged_paged_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     one_token_rows: bool = False,
+    mosaic: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See reference.py; the pages are updated in place. On a CPU the kernels are interpreted, which is for tests.
 
     Args:
       pages: [R, num_pages, 2K, page_size, H], see above.
+      mosaic: prompts in the kernel for Hopper; otherwise where it was measured to be the faster one.
     Raises: NotImplementedError for head sizes above 256, other dtypes, and caches whose rows 31 bits do not count.
     """
     if distance_bias is not None:
@@ -67,7 +70,7 @@ def ragged_paged_attention(
     plan = make_plan(
         q, k, v, pages, page_table=page_table, sm_scale=sm_scale, causal=causal, windowed=window is not None, softcap=softcap,
         alibi=alibi_slopes is not None, sinks=sinks is not None, k_scale=k_scale, v_scale=v_scale, one_token_rows=one_token_rows,
-        limits=tuning.gpu_limits(),
+        limits=tuning.gpu_limits(), mosaic=mosaic,
     )  # fmt: skip
     scalars = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(0 if window is None else window, jnp.int32)])
     heads = [x.astype(jnp.float32) for x in (alibi_slopes, sinks) if x is not None]
@@ -152,6 +155,8 @@ def _decode(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[list[j
 def _prefill(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The output [T * N, Hv] without the rows of few tokens, and the cache."""
     blocks = plan.prefill
+    if blocks.mosaic:
+        return _mosaic_prefill(plan, batch, rows), rows
 
     def kernel(*refs: Any) -> None:
         *inputs, block_row, block_start, block_end, rows, out, _ = refs
@@ -164,18 +169,49 @@ def _prefill(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> tuple[jax.A
     return out, rows
 
 
+def _mosaic_prefill(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> jax.Array:
+    """The same, from the kernel for Hopper, which only reads the cache."""
+    scalars, query_start, kv_len, table, q, *heads = batch
+    N, H = plan.num_heads, plan.head_size
+    q = jnp.pad(q.reshape(-1, N, H), ((0, -plan.num_tokens % TILE_ALIGNMENT), (0, 0), (0, 0)))
+
+    def kernel(*refs: Any, **shared: Any) -> None:
+        (scalars, query_start, kv_len, table, q, *heads), (row, start, end, pages, out) = refs[:-5], refs[-5:]
+        inputs = hopper_kernel.Batch(
+            scalars=scalars, query_start=query_start, kv_len=kv_len, table=table, q=q, slopes=heads[0] if plan.alibi else None,
+            sinks=heads[-1] if plan.sinks else None, block_row=row, block_start=start, block_end=end, pages=pages,
+        )  # fmt: skip
+        hopper_kernel.prefill_kernel(plan, inputs, out, hopper_kernel.Shared(**shared))
+
+    kernel.__name__ = f"{plan.op}_prefill_hopper"
+    call = mosaic_gpu.kernel(
+        kernel, out_type=Shape((plan.num_tokens, N, H), plan.query_dtype), grid=(plan.prefill_blocks, N), grid_names=("block", "head"),
+        num_threads=hopper_kernel.COMPUTERS + 1, thread_name="warpgroup", scratch_types=hopper_kernel.shared_types(plan),
+        compiler_params=mosaic_gpu.CompilerParams(approx_math=True), interpret=_interpreter() if plan.interpret else False,
+    )  # fmt: skip
+    return call(scalars, query_start, kv_len, table, q, *heads, *_prefill_blocks(plan, query_start), rows).reshape(-1, H)
+
+
+def _interpreter() -> Any:
+    """Parameters of the interpreter for Mosaic GPU, to which jax gives no public name."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")
+
+
 def _prefill_blocks(plan: Plan, query_start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row, first token and end of each prefill tile; the padding counts as row S. Last ones first: they see the most keys."""
+    """Row, first token and row's end of each prefill tile; the padding counts as row S. Last ones first: they see the most keys."""
     counts = query_start[1:] - query_start[:-1]
-    padding = plan.num_tokens - query_start[-1:]
-    lengths = jnp.concatenate([jnp.where(counts > plan.short_tokens, counts, 0), padding])
-    blocks = (lengths + plan.prefill_tokens - 1) // plan.prefill_tokens
+    ends = jnp.append(query_start[1:], plan.num_tokens)
+    starts = query_start // plan.prefill_alignment * plan.prefill_alignment
+    taken = jnp.append(counts > plan.short_tokens, query_start[-1] < plan.num_tokens)
+    blocks = jnp.where(taken, (ends - starts + plan.prefill_tokens - 1) // plan.prefill_tokens, 0)
     last = jnp.cumsum(blocks)
     index = jnp.arange(plan.prefill_blocks - 1, -1, -1, dtype=jnp.int32)
     row = jnp.searchsorted(last, index, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, plan.num_rows)
-    start = query_start[row] + (index - (last - blocks)[row]) * plan.prefill_tokens
-    return row, start, jnp.where(index < last[-1], query_start[row] + lengths[row], 0)
+    start = starts[row] + (index - (last - blocks)[row]) * plan.prefill_tokens
+    return row, start, jnp.where(index < last[-1], ends[row], 0)
 
 
 def _combine(plan: Plan, inputs: list[jax.Array], out: jax.Array | None) -> jax.Array:

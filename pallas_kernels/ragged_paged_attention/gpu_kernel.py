@@ -77,7 +77,7 @@ def write_kernel(plan: Plan, scalars: Ref, slots: Ref, new: list[Ref], pages: Re
     slot = plgpu.load(slots.at[token], mask=inside, other=-1)
     valid = inside & (slot >= 0)
     slot = jnp.maximum(slot, 0)
-    row = _page_row(plan, scalars[0], jax.lax.div(slot, plan.page_size), h) + jax.lax.rem(slot, plan.page_size)
+    row = page_row(plan, scalars[0], jax.lax.div(slot, plan.page_size), h) + jax.lax.rem(slot, plan.page_size)
     row = jnp.where(valid, row, pages.shape[0])  # the interpreter writes masked numbers back: to nowhere
     for which, source in enumerate(new):
         for start, width in chunks(pages.shape[1]):
@@ -250,21 +250,14 @@ class _Walk:
         return inside & (key > self.tile.first - self.window) if self.plan.windowed else inside
 
     def _visible(self, key: jax.Array, inside: jax.Array) -> jax.Array:
-        visible, distance = inside[None, :], key[None, :] - self.tile.position[:, None]
-        if self.plan.causal:
-            visible = visible & (distance <= 0)
-        if self.plan.windowed:
-            visible = visible & (distance > -self.window)
-            if not self.plan.causal:
-                visible = visible & (distance < self.window)
-        return jnp.broadcast_to(visible, distance.shape)
+        return inside[None, :] & sees(self.plan, key[None, :] - self.tile.position[:, None], self.window)
 
     def _key_rows(self, key: jax.Array, inside: jax.Array | None) -> jax.Array:
         """Rows of the cache that hold keys i32[context]; their values lie page_size further."""
         plan = self.plan
         entry = self.tile.row * plan.table_width + jax.lax.div(key, plan.page_size)
         page = _load_vector(self.batch.table, entry, inside)
-        return _page_row(plan, self.layer, page, self.tile.kv_head) + jax.lax.rem(key, plan.page_size)
+        return page_row(plan, self.layer, page, self.tile.kv_head) + jax.lax.rem(key, plan.page_size)
 
     def _products(self, row: jax.Array, inside: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
         """Of the queries with the keys in some rows of the cache; and these keys, in chunks."""
@@ -291,11 +284,7 @@ class _Walk:
 
     def _scores(self, products: jax.Array, key: jax.Array) -> jax.Array:
         """In base 2, before the mask."""
-        plan = self.plan
-        if plan.softcap is None:
-            scores = products * (plan.score_scale * LOG2_E)
-        else:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
-            scores = (plan.softcap * LOG2_E) * (1 - 2 / (1 + jnp.exp2(products * (2 * LOG2_E * plan.score_scale / plan.softcap))))
+        scores = base_2_scores(self.plan, products)
         if self.slopes is not None:
             distance = key[None, :] - self.tile.position[:, None]  # i32: bfloat16 holds integers only up to 256
             scores += self.slopes[:, None] * distance.astype(jnp.float32)
@@ -327,7 +316,25 @@ def _finish(plan: Plan, batch: Batch, tile: Tile, state: State, out: Ref) -> Non
         _store(out, place, chunk, width, plan.value_size, tile.valid, (part * factor[:, None]).astype(plan.query_dtype))
 
 
-def _page_row(plan: Plan, layer: jax.Array, page: jax.Array, head: jax.Array) -> jax.Array:
+def base_2_scores(plan: Plan, products: jax.Array) -> jax.Array:
+    """Scaled products of queries and keys, capped if the plan says so."""
+    if plan.softcap is None:
+        return products * (plan.score_scale * LOG2_E)
+    # tanh(x) = 1 - 2 / (1 + exp(2 x))
+    return (plan.softcap * LOG2_E) * (1 - 2 / (1 + jnp.exp2(products * (2 * LOG2_E * plan.score_scale / plan.softcap))))
+
+
+def sees(plan: Plan, distance: jax.Array, window: jax.Array) -> jax.Array:
+    """Whether queries see keys so many tokens after them (i32, negative: before them), as far as causality and the window say."""
+    visible = distance <= 0 if plan.causal else jnp.full(distance.shape, True)
+    if plan.windowed:
+        visible = visible & (distance > -window)
+        if not plan.causal:
+            visible = visible & (distance < window)
+    return visible
+
+
+def page_row(plan: Plan, layer: jax.Array, page: jax.Array, head: jax.Array) -> jax.Array:
     """The row of the cache where the keys of a head of a page begin."""
     rows = plan.page_size if plan.values_in_keys else 2 * plan.page_size
     return ((layer * plan.num_pages + page) * plan.num_kv_heads + head) * rows

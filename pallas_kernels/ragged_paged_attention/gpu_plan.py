@@ -27,6 +27,10 @@ LONE_ROW_PROGRAMS = 256  # into which the longest context is split, over all KV 
 LEAST_SPLIT = 256  # keys: shorter ones write partial results of more than a few percent of what they read
 WRITE_TOKENS = 16
 MAX_HEAD_SIZE = 256
+MOSAIC_DTYPES = ("bfloat16", "float16")
+MOSAIC_HEAD_SIZES = (64, 128)  # of larger ones, sums and weights do not fit the registers
+MOSAIC_BYTES = 226 * tuning.KIB  # of shared memory, beside its barriers
+TILE_ALIGNMENT = 8  # tokens: Hopper's copies are of whole tiles of so many rows
 MOST_COMBINED = 1 << 14  # numbers: half the registers of four warps
 
 
@@ -39,6 +43,10 @@ class Blocks:
     context: int  # keys that meet a tile at a time
     warps: int
     stages: int  # of the software pipeline that loads them: (stages - 1) // 2 loads are under way, as each waits for its page's id
+    mosaic: bool = False  # hopper_kernel.py; its rows, heads and warps are fixed, and its stages are the buffers that it fills in turn
+
+
+MOSAIC_BLOCKS = Blocks(rows=128, heads=1, context=128, warps=12, stages=2, mosaic=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +141,12 @@ class Plan:
         """Tiles that the rows of more than short_tokens, and the padding, can need at most."""
         long_rows = min(self.num_rows, self.num_tokens // (self.short_tokens + 1))
         block = self.prefill_tokens
-        return (self.num_tokens + (long_rows + 1) * (block - 1)) // block
+        return (self.num_tokens + (long_rows + 1) * (block - 1 + self.prefill_alignment - 1)) // block
+
+    @property
+    def prefill_alignment(self) -> int:
+        """A tile begins at a multiple of so many tokens."""
+        return TILE_ALIGNMENT if self.prefill.mosaic else 1
 
 
 def make_plan(
@@ -153,10 +166,13 @@ def make_plan(
     v_scale: float,
     one_token_rows: bool,
     limits: tuning.GpuLimits | None,
+    mosaic: bool = False,
 ) -> Plan:
     """Choose tiles and splits for these arguments on this chip (None: the kernels are interpreted).
 
-    Args: shapes as in reference.ragged_paged_attention, but for pages: [R, num_pages, 2K, page_size, H].
+    Args:
+      mosaic: attend with prompts in the kernel for Hopper; otherwise it does where it was measured to be the faster one.
+      The shapes are as in reference.ragged_paged_attention, but for pages: [R, num_pages, 2K, page_size, H].
     Raises: NotImplementedError if the kernels cannot take them.
     """
     _refuse(q, k, pages)
@@ -165,7 +181,10 @@ def make_plan(
     _, num_pages, _, page_size, _ = pages.shape
     chip = limits or tuning.SMALLEST_GPU
     cache_dtype, query_dtype = jnp.dtype(pages.dtype), jnp.dtype(q.dtype)
-    decode, prefill, split = _blocks(chip, N // K, H, Hv, query_dtype, cache_dtype, f"K{K} G{N // K} H{H} page{page_size}")
+    shape = f"K{K} G{N // K} H{H if Hv == H else f'{H}/{Hv}'} page{page_size}"
+    decode, prefill, split = _blocks(chip, N // K, H, Hv, query_dtype, cache_dtype, shape, mosaic=mosaic)
+    if prefill.mosaic:
+        _refuse_mosaic(limits, prefill, H, Hv, page_size, query_dtype, cache_dtype)
     return Plan(
         op="ragged_paged_attention", num_tokens=q.shape[0], num_rows=page_table.shape[0], num_heads=N, num_kv_heads=K, head_size=H,
         value_size=Hv, values_in_keys=False, page_size=page_size, num_pages=num_pages, table_width=page_table.shape[1],
@@ -209,6 +228,22 @@ def _refuse(q: jax.Array, k: jax.Array, pages: jax.Array) -> None:
         raise NotImplementedError(f"{rows} keys and values in the cache, {q.size} numbers of queries: both need to be below 2 ** 31")
 
 
+def _refuse_mosaic(
+    limits: tuning.GpuLimits | None, blocks: Blocks, H: int, Hv: int, page_size: int, query_dtype: jnp.dtype, cache_dtype: jnp.dtype
+) -> None:
+    if limits is not None and not limits.is_hopper:
+        raise NotImplementedError(f"{limits.name}: this kernel is for Hopper")
+    if str(query_dtype) not in MOSAIC_DTYPES or cache_dtype != query_dtype:
+        raise NotImplementedError(f"queries of {query_dtype}, cache of {cache_dtype}: needs one of {', '.join(MOSAIC_DTYPES)} for both")
+    if H not in MOSAIC_HEAD_SIZES or Hv != H:
+        raise NotImplementedError(f"head size {H}, values of {Hv}: needs one of {', '.join(map(str, MOSAIC_HEAD_SIZES))} for both")
+    if page_size < TILE_ALIGNMENT or page_size & (page_size - 1):
+        raise NotImplementedError(f"pages of {page_size} tokens: needs a power of two, at least {TILE_ALIGNMENT}")
+    shared_bytes = 2 * query_dtype.itemsize * H * (blocks.rows + blocks.stages * blocks.context)  # queries and results, keys and values
+    if shared_bytes > MOSAIC_BYTES:
+        raise NotImplementedError(f"{blocks.stages} buffers of {blocks.context} keys take {shared_bytes} bytes, Hopper has {MOSAIC_BYTES}")
+
+
 def _compute_dtype(query: jnp.dtype, cache: jnp.dtype) -> jnp.dtype:
     """The least in which both are exact; int8 and float8 are in bfloat16 and float16."""
     return query if cache.itemsize == 1 else jnp.dtype(jnp.promote_types(query, cache))
@@ -220,7 +255,7 @@ def _needs_pairs(pages: jax.Array) -> bool:
 
 
 def _blocks(
-    chip: tuning.GpuLimits, G: int, H: int, Hv: int, query_dtype: jnp.dtype, cache_dtype: jnp.dtype, shape: str
+    chip: tuning.GpuLimits, G: int, H: int, Hv: int, query_dtype: jnp.dtype, cache_dtype: jnp.dtype, shape: str, *, mosaic: bool
 ) -> tuple[Blocks, Blocks, int]:
     """Of decode and of prefill, and the keys of the shortest split: measured or else by rule, made to fit shared memory."""
     compute_dtype = _compute_dtype(query_dtype, cache_dtype)
@@ -241,7 +276,11 @@ def _blocks(
     sizes = (key_size, power_of_two(H), cache_dtype.itemsize, compute_dtype.itemsize)
     # Two decode programs share a multiprocessor: while one waits for its first keys, the other one computes.
     decode = fit(dataclasses.replace(decode, **found[0]), sizes, chip.shared_bytes // 2)
-    prefill = fit(dataclasses.replace(prefill, **found[1]), sizes, chip.shared_bytes)
+    if mosaic or found[1].get("mosaic"):
+        measured = found[1] if "mosaic" in found[1] else {}
+        prefill = dataclasses.replace(MOSAIC_BLOCKS, **{"stages": max(2 * 128 // H, 2)} | measured)
+    else:
+        prefill = fit(dataclasses.replace(prefill, **found[1]), sizes, chip.shared_bytes)
     return decode, prefill, cdiv(split, decode.context) * decode.context
 
 

@@ -153,7 +153,7 @@ def test_layers_never_copy_the_cache(T: int, target: str, scanned: bool) -> None
     ("target", "expected"),
     [
         ("sm_80", tuning.GpuLimits(name="nvidia_a100_sxm4_80gb", shared_bytes=163 * tuning.KIB, converts_float8=False)),
-        ("sm_90", tuning.GpuLimits(name="nvidia_h200", shared_bytes=227 * tuning.KIB, converts_float8=True)),
+        ("sm_90", tuning.GpuLimits(name="nvidia_h200", shared_bytes=227 * tuning.KIB, converts_float8=True, is_hopper=True)),
         ("unknown", dataclasses.replace(tuning.SMALLEST_GPU, name="nvidia_unheard_of")),
     ],
 )
