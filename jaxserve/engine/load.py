@@ -276,7 +276,7 @@ def _load_weights(runners: Sequence[Runner], path: pathlib.Path, pooling: Poolin
 
 def _compile(runners: Sequence[Runner], metrics: Metrics, on_state: Callable[[str], None]) -> None:
     started_s = time.monotonic()
-    with tqdm(desc="compiling", unit="shape", disable=None) as bar:
+    with tqdm(desc="compiling", unit="program", disable=None) as bar:
 
         def progress(done: int, total: int, name: str) -> None:
             bar.total = total
@@ -289,7 +289,7 @@ def _compile(runners: Sequence[Runner], metrics: Metrics, on_state: Callable[[st
             runner.compile(progress)
     seconds = time.monotonic() - started_s
     metrics.compile_seconds.set(seconds)
-    log.info("compiled shapes=%d seconds=%.1f", sum(len(runner.shapes) for runner in runners), seconds)
+    log.info("compiled programs=%d seconds=%.1f", sum(runner.num_programs for runner in runners), seconds)
 
 
 def _make_scheduler(config: EngineConfig, runner: Runner, spec: ModelSpec) -> Scheduler:

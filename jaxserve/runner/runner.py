@@ -155,6 +155,11 @@ class Runner:
         """Whether the cache still exists: a step that failed on the device has taken it along."""
         return not any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._state)))
 
+    @property
+    def num_programs(self) -> int:
+        """Compiled for this copy."""
+        return len(self._executables)
+
     def dispatch(self, schedule: Schedule) -> Pending:
         """Send a step to the device; returns at once.
 

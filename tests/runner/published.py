@@ -54,8 +54,9 @@ def make_programs(model: dict[str, Any], target: Target, *, num_layers: int | No
     return Programs(dataclasses.replace(spec, layers=spec.layers[:num_layers]), make_config({"max_len": 2048, **config}), target)
 
 
-def compile_step(programs: Programs, chip: str, kind: str, tokens: int, num_pages: int) -> jax.stages.Compiled:
-    """The step of a kind and size, for the chip that the programs are for."""
+def compile_step(programs: Programs, chip: str, kind: str, tokens: int, num_pages: int) -> tuple[jax.stages.Compiled, ...]:
+    """The programs of a step of a kind and size, all of whose rows sample, for the chip that they are for: one where vectors are made."""
     (shape,) = (shape for shape in programs.shapes if shape.kind == kind and shape.tokens == tokens)
     with aot.compiling_for(aot.mesh_for(chip)):
-        return programs.lower_step(shape, num_pages).compile()
+        step = programs.lower_step(shape, num_pages).compile()
+        return (step,) if kind == "pool" else (step, programs.lower_sample(shape.rows).compile())
