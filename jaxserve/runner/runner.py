@@ -31,6 +31,7 @@ from jaxserve.runner.shapes import StepShape, pick_shape
 from jaxserve.runner.step import StepOutputs
 from jaxserve.scheduler.schedule import Schedule
 from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.dummy import dummy_params
 from jaxserve.weights.load import load_params
 
 log = logging.getLogger(__name__)
@@ -105,12 +106,15 @@ class Runner:
         num_pages = least_of_all(plan.num_pages)
         return dataclasses.replace(plan, num_pages=num_pages, cache=plan.cache // plan.num_pages * num_pages)
 
-    def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
-        """Read the parameters; see load_params."""
+    def load(self, checkpoint: Checkpoint | None, progress: Callable[[int, int], None]) -> None:
+        """Read the parameters, see load_params; without a checkpoint they are random numbers."""
         programs = self._programs
-        self._params = load_params(
-            checkpoint, programs.whole_shapes, programs.groups, self._family, progress=progress, placements=programs.placements
-        )
+        if checkpoint is None:
+            self._params = dummy_params(programs.param_shapes, programs.placements)
+        else:
+            self._params = load_params(
+                checkpoint, programs.whole_shapes, programs.groups, self._family, progress=progress, placements=programs.placements
+            )
         self._head = {path: self._params[path] for path in programs.head_paths}
 
     def allocate(self) -> None:
