@@ -33,6 +33,9 @@ class ModelConfig:
 
     model: str = _option(DEFAULT_MODEL, "hub id, directory of safetensors, .gguf file or Orbax directory")
     revision: str | None = _option(None, "branch, tag or commit of the model on the hub")
+    load_format: Literal["auto", "hf", "safetensors", "pt", "gguf", "dummy"] = _option(
+        "auto", "dummy: random weights, without reading any, for measuring; with all others, what the model's files are"
+    )
     tokenizer: str | None = _option(None, "hub id or directory of the tokenizer; default: the model's own")
     chat_template: str | None = _option(None, "Jinja chat template, or a file with one; default: the model's own, else a plain one")
     default_chat_template_kwargs: str | None = _option(

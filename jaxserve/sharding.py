@@ -1,8 +1,8 @@
 """How a model is dealt out to devices: the axes of the mesh, one table of rules, and which piece of a parameter each device holds.
 
 1. The devices form a mesh of data x expert x tensor. Every index of `data` has a copy of the model and serves requests of its own.
-2. The step runs under one shard_map over the devices of a copy: each runs the decoder with its own heads and its own part of the MLP, and
-   adds what it found to what the others found: two all-reduces a layer. Nothing is left to a partitioner's guess.
+2. A step's programs run under a shard_map over the devices of a copy: each runs the decoder with its own heads and its own part of the MLP,
+   and adds what it found to what the others found: two all-reduces a layer. Nothing is left to a partitioner's guess.
 3. RULES says which axes of the mesh cut an axis of the model; a Cut says which rows (or columns) that gives each device. What does not
    divide is padded with zeros, which add nothing: a padding head has zero keys, values and output columns.
 """

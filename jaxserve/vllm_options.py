@@ -141,7 +141,6 @@ FOREIGN: Mapping[str, ForeignOption] = {
     "data_parallel_backend": _only(_OTHER_MESH, "mp"),
     "decode_context_parallel_size": _only(_OTHER_MESH, "1"),
     "device": _only("JAX_PLATFORMS chooses between tpu, cuda and cpu", "auto"),
-    "load_format": _only("the format is known from the files", "auto", "hf", "safetensors", "pt", "gguf"),
     "logprobs_mode": _only("they are of the raw distribution", "raw_logprobs"),
     "max_logprobs": _only("20 is the most", "20"),
     "model_impl": _only("there is one implementation of each family", "auto", "vllm"),

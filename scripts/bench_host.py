@@ -57,7 +57,7 @@ class InstantRunner:
         shape = StepShape("decode", self._max_rows, self._max_rows) if decodes else StepShape("prefill", 4096, self._max_rows)
         for row in schedule.rows:
             self._packer.assign(row.request)
-        self._packer.pack(schedule, Layout(shape, MAX_LEN // PAGE_SIZE, sample_rows=self._max_rows, head_once=True))
+        self._packer.pack(schedule, Layout(shape, MAX_LEN // PAGE_SIZE, self._max_rows))
         return Pending(schedule=schedule, shape=shape, outputs=None, started_s=time.monotonic())  # type: ignore[arg-type]
 
     def collect(self, pending: Pending) -> StepResult:

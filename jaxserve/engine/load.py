@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -37,7 +38,7 @@ from jaxserve.text.grammar import Grammars
 from jaxserve.text.reasoning import choose_reasoning_format
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.version import VERSION
-from jaxserve.weights.checkpoint import open_checkpoint, read_config
+from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint, read_config
 from jaxserve.weights.sentence_transformers import WithModules
 from jaxserve.weights.source import resolve_model
 
@@ -155,7 +156,8 @@ class _Model:
 
 def _find_model(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> _Model:
     on_state("resolving the model")
-    path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path)
+    need = "tokenizer" if config.model.load_format == "dummy" else "model"
+    path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path, need=need)
     hf_config = read_config(path)
     family, pooling = choose_family(config, hf_config, path)
     spec = _limited(family.spec(hf_config), config, pooling)
@@ -176,16 +178,16 @@ def _load_runners(
 ) -> tuple[Leader | Follower | None, _Model, list[Runner]]:
     """Every copy of the model, ready, and the other processes that have it too."""
     group = meet(config.parallel, _identity(config))
-    model = _find_model(config, metrics, on_state)
+    model, is_dummy = _find_model(config, metrics, on_state), config.model.load_format == "dummy"
     if group is not None:
-        group.agree({"model": fingerprint(model.spec, model.path)})
+        group.agree({"model": fingerprint(model.spec, None if is_dummy else model.path)})
     started_s = time.monotonic()
     plan = plan_mesh(config, model.spec)
     log.info(plan.table())
     runners = [Runner(model.spec, model.family, config, target, eos_ids=model.eos_ids) for target in plan.targets]
     on_state("loading")
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        weights_future = pool.submit(_load_weights, runners, model.path, model.pooling)
+        weights_future = pool.submit(_load_weights, runners, None if is_dummy else model.path, model.pooling)
         _compile(runners, metrics, on_state)
         weights_future.result()
     log.info("ready in seconds=%.1f\n%s\n%s", time.monotonic() - started_s, plan.table(), runners[0].memory.table())
@@ -201,9 +203,15 @@ def _identity(config: EngineConfig) -> dict[str, Any]:
     return {"version": VERSION, "jax": jax.__version__, "--mesh": config.parallel.axes, **options}
 
 
-def fingerprint(spec: ModelSpec, path: pathlib.Path) -> str:
-    """What tells a model from others, also from those that differ only in what they have learnt: some of its weights are part of it."""
+def fingerprint(spec: ModelSpec, path: pathlib.Path | None) -> str:
+    """What tells a model from others, also from those that differ only in what they have learnt: some of its weights are part of it.
+
+    Args:
+      path: of the weights; None if they are random numbers.
+    """
     digest = hashlib.sha256(repr(spec).encode())
+    if path is None:
+        return digest.hexdigest()
     with open_checkpoint(path) as checkpoint:
         names = sorted(checkpoint.tensors)
         digest.update(repr([(name, checkpoint.tensors[name].shape) for name in names]).encode())
@@ -258,10 +266,9 @@ def _eos_ids(config: HfConfig, generation: Mapping[str, Any], tokenizer: Tokeniz
     return frozenset(token for token in ids if 0 <= token < vocab_size)
 
 
-def _load_weights(runners: Sequence[Runner], path: pathlib.Path, pooling: Pooling | None) -> None:
+def _load_weights(runners: Sequence[Runner], path: pathlib.Path | None, pooling: Pooling | None) -> None:
     started_s = time.monotonic()
-    opened = WithModules(path, pooling.modules) if pooling is not None and pooling.modules else open_checkpoint(path)
-    with opened as checkpoint, tqdm(desc="loading", unit="B", unit_scale=True, disable=None) as bar:
+    with _open_weights(path, pooling) as checkpoint, tqdm(desc="loading", unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -274,9 +281,16 @@ def _load_weights(runners: Sequence[Runner], path: pathlib.Path, pooling: Poolin
     log.info("loaded path=%s seconds=%.1f", path, time.monotonic() - started_s)
 
 
+def _open_weights(path: pathlib.Path | None, pooling: Pooling | None) -> contextlib.AbstractContextManager[Checkpoint | None]:
+    if path is None:
+        log.warning("the weights are random numbers, and so are the answers: --load-format dummy")
+        return contextlib.nullcontext()
+    return WithModules(path, pooling.modules) if pooling is not None and pooling.modules else open_checkpoint(path)
+
+
 def _compile(runners: Sequence[Runner], metrics: Metrics, on_state: Callable[[str], None]) -> None:
     started_s = time.monotonic()
-    with tqdm(desc="compiling", unit="shape", disable=None) as bar:
+    with tqdm(desc="compiling", unit="program", disable=None) as bar:
 
         def progress(done: int, total: int, name: str) -> None:
             bar.total = total
@@ -289,7 +303,7 @@ def _compile(runners: Sequence[Runner], metrics: Metrics, on_state: Callable[[st
             runner.compile(progress)
     seconds = time.monotonic() - started_s
     metrics.compile_seconds.set(seconds)
-    log.info("compiled shapes=%d seconds=%.1f", sum(len(runner.shapes) for runner in runners), seconds)
+    log.info("compiled programs=%d seconds=%.1f", sum(runner.num_programs for runner in runners), seconds)
 
 
 def _make_scheduler(config: EngineConfig, runner: Runner, spec: ModelSpec) -> Scheduler:

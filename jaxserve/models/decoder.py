@@ -172,6 +172,11 @@ class Decoder(nnx.Module):
         """f32[Q, V] for hidden states [Q, D]."""
         return self.gather_logits(self.own_logits(x))
 
+    @property
+    def head_parts(self) -> tuple[str, ...]:
+        """The modules whose parameters own_logits reads; those that the model does not have have none."""
+        return "final_norm", "embed_out", "embed" if self.head is None else "head"
+
     def gather_logits(self, logits: jax.Array) -> jax.Array:
         """f32[Q, V], the own logits of all devices."""
         with jax.named_scope("head"):

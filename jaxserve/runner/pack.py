@@ -18,7 +18,9 @@ from jaxserve.runner.sampling import BAD_WORDS, BIAS, CHOSEN, GRAMMAR, LOGPROBS,
 from jaxserve.runner.shapes import StepShape
 from jaxserve.scheduler.schedule import Row, Schedule
 
+INTS = ("slot", "seed", "position", "wants", "top_k")
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+ROW_WORDS = len(INTS) + len(FLOATS)  # of a row, for sampling
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,33 +30,31 @@ class Layout:
     Args:
       shape: T and S.
       num_pages: P, entries of a row of the page table.
-      sample_rows: rows that are sampled at a time.
-      head_once: whether the logits of all rows are computed at once, before; else of sample_rows at a time.
+      max_rows: M; what sampling wants to know lies the same way in the words of all shapes, at their end.
     """
 
     shape: StepShape
     num_pages: int
-    sample_rows: int
-    head_once: bool
+    max_rows: int
 
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Field -> (offset in words, shape)."""
-        return _fields(self.shape, self.num_pages)
+        return _fields(self.shape, self.num_pages, self.max_rows)
 
     @property
     def num_words(self) -> int:
         """Length of the packed array."""
-        offset, shape = self.fields()["page_table"]
+        offset, shape = self.fields()["rows"]
         return offset + shape[0] * shape[1]
 
 
 @functools.cache
-def _fields(shape: StepShape, num_pages: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _fields(shape: StepShape, num_pages: int, max_rows: int) -> dict[str, tuple[int, tuple[int, ...]]]:
     T, S = shape.tokens, shape.rows
     shapes: dict[str, tuple[int, ...]] = {
         "tokens": (T,), "positions": (T,), "targets": (T if shape.kind == "score" else 0,),
-        "token_types": (T if shape.kind == "pool" else 0,), "query_start": (S + 1,), "kv_len": (S,),
-        "slot": (S,), "seed": (S,), "wants": (S,), "top_k": (S,), "floats": (S, len(FLOATS)), "page_table": (S, num_pages),
+        "token_types": (T if shape.kind == "pool" else 0,), "query_start": (S + 1,), "kv_len": (S,), "page_table": (S, num_pages),
+        "rows": (ROW_WORDS, max_rows),
     }  # fmt: skip
     fields, offset = {}, 0
     for name, dims in shapes.items():
@@ -63,8 +63,8 @@ def _fields(shape: StepShape, num_pages: int) -> dict[str, tuple[int, tuple[int,
     return fields
 
 
-def unpack(packed: jax.Array, layout: Layout, last_token: jax.Array) -> tuple[Batch, SamplingRows, jax.Array]:
-    """The batch, the sampling rows and the prompt's target tokens of i32[num_words]; traced inside the step.
+def unpack(packed: jax.Array, layout: Layout, last_token: jax.Array) -> tuple[Batch, jax.Array, jax.Array]:
+    """The batch, the words for sampling (see unpack_rows) and the prompt's target tokens of i32[num_words]; traced inside the step.
 
     Args:
       last_token: i32[max_rows] on the device; a token of -1 - slot stands for the one sampled last in that slot.
@@ -74,18 +74,20 @@ def unpack(packed: jax.Array, layout: Layout, last_token: jax.Array) -> tuple[Ba
         offset, dims = layout.fields()[name]
         return packed[offset : offset + int(np.prod(dims))].reshape(dims)
 
-    tokens, query_start, kv_len = take("tokens"), take("query_start"), take("kv_len")
+    tokens = take("tokens")
     tokens = jnp.where(tokens < 0, last_token[jnp.clip(-1 - tokens, 0, last_token.shape[0] - 1)], tokens)
     batch = Batch(
-        tokens=tokens, positions=take("positions"), page_table=take("page_table"), query_start=query_start, kv_len=kv_len,
+        tokens=tokens, positions=take("positions"), page_table=take("page_table"), query_start=take("query_start"), kv_len=take("kv_len"),
         token_types=take("token_types"), one_token_rows=layout.shape.kind == "decode",
     )  # fmt: skip
-    floats = jax.lax.bitcast_convert_type(take("floats"), jnp.float32)
-    rows = SamplingRows(
-        slot=take("slot"), seed=take("seed").astype(jnp.uint32), position=kv_len, wants=take("wants"), top_k=take("top_k"),
-        **{name: floats[:, i] for i, name in enumerate(FLOATS)},
-    )  # fmt: skip
-    return batch, rows, take("targets")
+    return batch, take("rows"), take("targets")
+
+
+def unpack_rows(words: jax.Array) -> SamplingRows:
+    """The sampling rows of i32[ROW_WORDS, S]."""
+    ints = dict(zip(INTS, words, strict=False))
+    floats = jax.lax.bitcast_convert_type(words[len(INTS) :], jnp.float32)
+    return SamplingRows(**{**ints, "seed": ints["seed"].astype(jnp.uint32)}, **dict(zip(FLOATS, floats, strict=True)))
 
 
 class Packer:
@@ -97,7 +99,7 @@ class Packer:
     """
 
     def __init__(self, *, max_rows: int, num_pages: int) -> None:
-        self._num_pages = num_pages
+        self._max_rows, self._num_pages = max_rows, num_pages
         self._owner: list[tuple[Request, int] | None] = [None] * max_rows
         self._pages_written = [0] * max_rows
         self._page_table = np.zeros((max_rows, num_pages), np.int32)
@@ -131,7 +133,6 @@ class Packer:
         view["query_start"][1 : S + 1] = np.cumsum(counts)
         view["query_start"][S + 1 :] = schedule.num_tokens
         view["kv_len"][:S] = [row.start + row.count for row in rows]
-        view["slot"][:] = -1
         if layout.shape.kind == "decode":
             view["tokens"][:S] = [_token_at(row.request, row.start) for row in rows]
             view["positions"][:S] = [row.start for row in rows]
@@ -142,10 +143,12 @@ class Packer:
         view["page_table"][:S] = self._page_table[slots]
         pools = layout.shape.kind == "pool"  # whose slots keep what a text adds up to from step to step
         sampled = np.fromiter((row.samples or pools for row in rows), bool, S)
-        view["slot"][:S] = np.where(sampled, slots, -1)
-        ints = self._ints[slots]
-        view["seed"][:S], view["wants"][:S], view["top_k"][:S] = ints[:, 0], ints[:, 1], ints[:, 2]
-        view["floats"][:S] = self._floats[slots].view(np.int32)
+        ints = dict(zip(INTS, view["rows"], strict=False))
+        ints["slot"][:] = -1
+        ints["slot"][:S] = np.where(sampled, slots, -1)
+        ints["position"][:S] = view["kv_len"][:S]
+        ints["seed"][:S], ints["wants"][:S], ints["top_k"][:S] = self._ints[slots].T
+        view["rows"][len(INTS) :, :S] = self._floats[slots].view(np.int32).T
         for i, row in enumerate(rows):
             request = row.request
             # Masks know of min_tokens, and that a complete answer outranks it.
@@ -154,8 +157,13 @@ class Packer:
                 and request.constraint is None
                 and row.start + row.count - len(request.prompt_ids) < request.params.min_tokens
             ):
-                view["wants"][i] |= MIN_TOKENS
+                ints["wants"][i] |= MIN_TOKENS
         return words
+
+    def num_sampled(self, words: np.ndarray) -> int:
+        """Rows of a packed schedule up to the last one that samples; 0 if none does."""
+        slots = words[-ROW_WORDS * self._max_rows :][: self._max_rows]
+        return int(np.max(np.flatnonzero(slots >= 0), initial=-1)) + 1
 
     def _pack_tokens(self, rows: tuple[Row, ...], view: dict[str, np.ndarray]) -> None:
         at = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.params import ModelGraph, Params, merge_model
 from jaxserve.models.pooling import finish_pool, pool_step, pooled_tokens
 from jaxserve.models.spec import PoolMethod
-from jaxserve.runner.pack import Layout, unpack
+from jaxserve.runner.pack import Layout, unpack, unpack_rows
 from jaxserve.runner.sampling import INVALID_TOKEN
-from jaxserve.runner.step import Step, StepOutputs
+from jaxserve.runner.step import StepOutputs
 
 POOLED_TOKEN = 0  # stands for a vector in the scheduler's accounts: a request for one ends with its first token
 
@@ -37,12 +38,16 @@ def pool_state_shapes(max_rows: int, width: int) -> PoolState:
     return PoolState(sums=sums)
 
 
-def make_pool_step(graphdef: ModelGraph, layout: Layout, method: PoolMethod) -> Step:
-    """The step of one shape, to be jitted with the cache and the state donated."""
+PoolStep = Callable[[Params, KVCache, PoolState, jax.Array], tuple[KVCache, tuple[PoolState, StepOutputs]]]
 
-    def step(params: Params, cache: KVCache, state: PoolState, packed: jax.Array) -> tuple[KVCache, PoolState, StepOutputs]:
+
+def make_pool_step(graphdef: ModelGraph, layout: Layout, method: PoolMethod) -> PoolStep:
+    """The whole step of one shape, to be jitted with the cache and the state donated."""
+
+    def step(params: Params, cache: KVCache, state: PoolState, packed: jax.Array) -> tuple[KVCache, tuple[PoolState, StepOutputs]]:
         model = merge_model(graphdef, params)
-        batch, rows, _ = unpack(packed, layout, jnp.zeros(1, jnp.int32))
+        batch, words, _ = unpack(packed, layout, jnp.zeros(1, jnp.int32))
+        rows = unpack_rows(words[:, : layout.shape.rows])
         hidden, cache = model(batch, cache, pooled_tokens(method, batch))
         with jax.named_scope("pool"):
             before = state.sums[jnp.maximum(rows.slot, 0)]
@@ -51,7 +56,7 @@ def make_pool_step(graphdef: ModelGraph, layout: Layout, method: PoolMethod) -> 
             slot = jnp.where(rows.slot >= 0, rows.slot, state.sums.shape[0])  # out of range: dropped
             state = PoolState(sums=state.sums.at[slot].set(sums, mode="drop"))
             tokens = jnp.where(jnp.all(jnp.isfinite(pooled), axis=-1), POOLED_TOKEN, INVALID_TOKEN)
-        return cache, state, StepOutputs(tokens=tokens, logprobs=None, prompt=None, pooled=pooled)
+        return cache, (state, StepOutputs(tokens=tokens, logprobs=None, prompt=None, pooled=pooled))
 
     step.__name__ = f"step_{layout.shape.name}"
     return step

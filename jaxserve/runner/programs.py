@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from jaxserve.models.kv_cache import KVCache, cache_shapes, cache_specs
 from jaxserve.models.params import model_cuts, split_model
 from jaxserve.models.spec import ModelSpec, fold_layers
 from jaxserve.runner.memory import num_bytes
+from jaxserve.runner.pack import ROW_WORDS
 from jaxserve.runner.pack import Layout as WordLayout
 from jaxserve.runner.pooling import make_pool_step, pool_state_shapes
 from jaxserve.runner.sampling import MASK_CHUNK, SEEN_CHUNK, seed_slot, set_masks, slot_state_shapes
 from jaxserve.runner.shapes import StepShape, make_shapes
-from jaxserve.runner.step import Step, make_step
+from jaxserve.runner.step import make_forward, make_sample
 from jaxserve.sharding import Device, Placement, mesh_of, split_of
 from pallas_kernels.native.empty import empty
 
@@ -93,6 +95,14 @@ def settle_limits(config: EngineConfig, spec: ModelSpec, platform: Platform) -> 
     )  # fmt: skip
 
 
+class _Argument(NamedTuple):
+    """Of a program, or a result: abstract arrays, how devices share them, and where they lie."""
+
+    shapes: Any
+    specs: Any
+    formats: Any
+
+
 class Programs:
     """The programs of one copy of a model, none of them compiled yet. Shapes are those of one device's arrays.
 
@@ -106,7 +116,7 @@ class Programs:
         default = "float32" if on_cpu else "bfloat16"
         dtype = jnp.dtype(default if config.model.dtype == "auto" else config.model.dtype)
         self._cache_dtype = dtype if config.cache.cache_dtype == "auto" else jnp.dtype(config.cache.cache_dtype)
-        loop = config.compile.layer_loop
+        self._dtype, loop = dtype, config.compile.layer_loop
         self._spec, self._target = spec, target
         self.limits = settle_limits(config, spec, target.platform)
         self.groups = fold_layers(spec.layers, scan=loop == "scan" or (loop == "auto" and target.platform == "tpu"))
@@ -127,14 +137,12 @@ class Programs:
         self.state_shapes: Any = state
         self.shapes = make_shapes(config, max_rows=max_rows, max_step_tokens=self.limits.max_step_tokens, pools=spec.pool is not None)
         self.pages_a_row = -(-self.limits.max_len // self.limits.page_size)
-        # A CPU pays for the head of every padding row; elsewhere reading its weights twice would cost more, but logits take memory.
-        # Devices that share a model each have the logits of all rows for sampling, and less memory for them.
-        sample_rows = 16 if on_cpu else 64 if self._mesh is None else 32
-        self.layouts = {shape: self._layout(shape, sample_rows, head_once=not on_cpu) for shape in self.shapes}
-
-    def _layout(self, shape: StepShape, sample_rows: int, *, head_once: bool) -> WordLayout:
-        whole = shape.kind == "decode" and not head_once
-        return WordLayout(shape, self.pages_a_row, sample_rows=shape.rows if whole else sample_rows, head_once=head_once)
+        self.layouts = {shape: WordLayout(shape, self.pages_a_row, max_rows) for shape in self.shapes}
+        # One that takes max_rows is always there; prompts that end in a step are few, and pay for the head of as few rows.
+        self.sample_sizes = tuple(shape.rows for shape in self.shapes if shape.kind == "decode")
+        # What sampling makes of logits takes several times their memory, of which devices that share a model have less.
+        self._block_rows = max_rows if on_cpu else 64 if self._mesh is None else 32
+        self.head_paths = tuple(path for path in self.param_shapes if path.split(".")[0] in model.head_parts)
 
     def cache_shapes(self, num_pages: int) -> Any:
         """Abstract KVCache of so many pages."""
@@ -167,33 +175,60 @@ class Programs:
     def identity(self, num_pages: int) -> str:
         """Everything that shapes the programs, but for the devices and the versions of what compiles them."""
         parts = self._spec, self.groups, self.limits, self._mesh, self.param_shapes, self.cache_shapes(num_pages), self.state_shapes
-        return "\n".join(map(repr, (*parts, self.layouts)))
+        return "\n".join(map(repr, (*parts, self.layouts, self.sample_sizes, self._block_rows)))
 
     def make_state(self) -> Any:
         """The sampling state, zeroed."""
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=self._target.sharding), self.state_shapes)
 
-    def _make_step(self, shape: StepShape) -> Step:
-        layout = self.layouts[shape]
-        return make_step(self._graphdef, layout) if self._pool is None else make_pool_step(self._graphdef, layout, self._pool.method)
-
     def lower_step(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
-        """The step of a shape: (params, cache, state, packed words) -> (cache, state, StepOutputs)."""
-        cache, sharding = self._cache_shapes(num_pages, of_all=True), self._target.sharding
-        words = jax.ShapeDtypeStruct((self.layouts[shape].num_words,), jnp.int32)
-        placed, params, step = self.placements, self.param_shapes, self._make_step(shape)
+        """The program of a shape; see make_forward, and make_pool_step for models that give vectors."""
+        layout = self.layouts[shape]
+        words = jax.ShapeDtypeStruct((layout.num_words,), jnp.int32)
+        cache = self._cache_shapes(num_pages, of_all=True)
+        cached = _Argument(cache, self._cache_specs() if self._mesh is not None else None, self._formats(cache))
+        if self._pool is not None:
+            step, state, donated = make_pool_step(self._graphdef, layout, self._pool.method), self.state_shapes, (1, 2)
+        else:
+            step, state, donated = make_forward(self._graphdef, layout), self.state_shapes.last_token, (1,)
+        arguments = (self._params_argument(self.param_shapes), cached, self._whole(state), self._whole(words))
+        return self._lower(step, arguments, (cached, self._whole(None)), donated)
+
+    def lower_sample(self, num_rows: int) -> jax.stages.Lowered:
+        """The program that samples for so many rows of a step; see make_sample."""
+        sample = make_sample(self._graphdef, self.param_shapes, num_rows=num_rows, block_rows=self._block_rows)
+        M = self.limits.max_rows
+        hidden = jax.ShapeDtypeStruct((M, self._spec.width), self._dtype)
+        words = jax.ShapeDtypeStruct((ROW_WORDS, M), jnp.int32)
+        arguments = (self._params_argument(self.head_paths), *map(self._whole, (self.state_shapes, hidden, words)))
+        return self._lower(sample, arguments, (self._whole(None),) * 3, (1,))
+
+    def _params_argument(self, paths: Iterable[str]) -> _Argument:
+        shapes, placed = self.param_shapes, self.placements
         if self._mesh is not None:
-            params = {path: jax.ShapeDtypeStruct(placed[path].shape(leaf.shape), leaf.dtype) for path, leaf in params.items()}
-            whole, caches, specs = PartitionSpec(), self._cache_specs(), {path: placement.spec for path, placement in placed.items()}
-            step = jax.shard_map(
-                step, mesh=self._mesh, in_specs=(specs, caches, whole, whole), out_specs=(caches, whole, whole), check_vma=False
-            )  # every device samples, from the same logits and with the same numbers
+            shapes = {path: jax.ShapeDtypeStruct(placed[path].shape(leaf.shape), leaf.dtype) for path, leaf in shapes.items()}
+        return _Argument(
+            {path: shapes[path] for path in paths},
+            {path: placed[path].spec for path in paths},
+            {path: placed[path].format for path in paths},
+        )
+
+    def _whole(self, shapes: Any) -> _Argument:
+        return _Argument(shapes, PartitionSpec(), self._target.sharding)
+
+    def _lower(
+        self, program: Callable[..., Any], arguments: Sequence[_Argument], results: Sequence[_Argument], donated: tuple[int, ...]
+    ) -> jax.stages.Lowered:
+        if self._mesh is not None:  # every device samples, from the same logits and with the same numbers
+            program = jax.shard_map(
+                program, mesh=self._mesh, in_specs=tuple(each.specs for each in arguments),
+                out_specs=tuple(each.specs for each in results), check_vma=False,
+            )  # fmt: skip
         jitted = jax.jit(
-            step, donate_argnums=(1, 2),
-            in_shardings=({path: placement.format for path, placement in placed.items()}, self._formats(cache), sharding, sharding),
-            out_shardings=(self._formats(cache), sharding, sharding),
+            program, donate_argnums=donated, in_shardings=tuple(each.formats for each in arguments),
+            out_shardings=tuple(each.formats for each in results),
         )  # fmt: skip
-        return jitted.lower(params, cache, self.state_shapes, words)
+        return jitted.lower(*(each.shapes for each in arguments))
 
     def lower_seed_slot(self) -> jax.stages.Lowered:
         """The program that gives a slot to a request; see seed_slot."""

@@ -24,14 +24,14 @@ from jaxserve.runner.compile import compile_all
 from jaxserve.runner.executables import Executables
 from jaxserve.runner.memory import MemoryPlan, least_of_all, num_bytes, plan_memory
 from jaxserve.runner.pack import Packer
-from jaxserve.runner.pooling import PoolState
 from jaxserve.runner.programs import Programs, Target
-from jaxserve.runner.sampling import MASK_CHUNK, MAX_EOS, Logprobs, SlotState
+from jaxserve.runner.sampling import MASK_CHUNK, MAX_EOS, Logprobs
 from jaxserve.runner.seeding import needs_seed, pack_mask, slot_seeds
 from jaxserve.runner.shapes import StepShape, pick_shape
 from jaxserve.runner.step import StepOutputs
 from jaxserve.scheduler.schedule import Schedule
 from jaxserve.weights.checkpoint import Checkpoint
+from jaxserve.weights.dummy import dummy_params
 from jaxserve.weights.load import load_params
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ class Runner:
         self._executables: dict[str, Any] = {}
         self._tell: Callable[[str, Sequence[np.ndarray]], None] | None = None
         self._params: Params = {}
+        self._head: Params = {}
         self._cache: KVCache = ()
-        self._state: SlotState | PoolState
+        self._state: Any  # SlotState, or PoolState of models that give vectors
 
     def _plan_memory(self) -> MemoryPlan:
         limits, spec, programs = self.limits, self._spec, self._programs
@@ -105,12 +106,16 @@ class Runner:
         num_pages = least_of_all(plan.num_pages)
         return dataclasses.replace(plan, num_pages=num_pages, cache=plan.cache // plan.num_pages * num_pages)
 
-    def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
-        """Read the parameters; see load_params."""
+    def load(self, checkpoint: Checkpoint | None, progress: Callable[[int, int], None]) -> None:
+        """Read the parameters, see load_params; without a checkpoint they are random numbers."""
         programs = self._programs
-        self._params = load_params(
-            checkpoint, programs.whole_shapes, programs.groups, self._family, progress=progress, placements=programs.placements
-        )
+        if checkpoint is None:
+            self._params = dummy_params(programs.param_shapes, programs.placements)
+        else:
+            self._params = load_params(
+                checkpoint, programs.whole_shapes, programs.groups, self._family, progress=progress, placements=programs.placements
+            )
+        self._head = {path: self._params[path] for path in programs.head_paths}
 
     def allocate(self) -> None:
         """Make the cache and the sampling state, zeroed."""
@@ -119,14 +124,18 @@ class Runner:
         jax.block_until_ready((self._cache, self._state))
 
     def compile(self, progress: Callable[[int, int, str], None]) -> None:
-        """Compile every shape; afterwards nothing compiles any more.
+        """Compile every program; afterwards nothing compiles any more.
 
         Raises: ConfigError if the programs take more memory than there is.
         """
-        programs: dict[str, Callable[[], Any]] = {shape.name: functools.partial(self._compile_step, shape) for shape in self.shapes}
+        lower, num_pages = self._programs, self.memory.num_pages
+        lowers: dict[str, Callable[[], jax.stages.Lowered]] = {
+            **{_sample_name(size): functools.partial(lower.lower_sample, size) for size in lower.sample_sizes},
+            **{shape.name: functools.partial(lower.lower_step, shape, num_pages) for shape in self.shapes},
+        }
         if self._spec.pool is None:
-            programs["seed_slot"] = lambda: self._programs.lower_seed_slot().compile()
-            programs["set_masks"] = lambda: self._programs.lower_set_masks().compile()
+            lowers |= {"seed_slot": lower.lower_seed_slot, "set_masks": lower.lower_set_masks}
+        programs = {name: functools.partial(self._compile_program, name, lower) for name, lower in lowers.items()}
         kept = Executables(self._config.cache_path / "programs", self._programs.identity(self.memory.num_pages), self._target.devices)
         ready = {name: functools.partial(kept.get, name, build) for name, build in programs.items()}
         compiled = compile_all(ready, threads=self._config.compile.compile_threads, progress=progress)
@@ -136,19 +145,24 @@ class Runner:
         if self._target.platform != "cpu":  # whose memory is shared with everything else, and grows
             self.memory.check()
 
-    def _compile_step(self, shape: StepShape) -> Any:
-        lowered = self._programs.lower_step(shape, self.memory.num_pages)
+    def _compile_program(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        lowered = lower()
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise ConfigError(f"{shape.name} does not fit:\n{self.memory.table()}\nthe compiler says: {error}") from None
+            raise ConfigError(f"{name} does not fit:\n{self.memory.table()}\nthe compiler says: {error}") from None
 
     @property
     def usable(self) -> bool:
         """Whether the cache still exists: a step that failed on the device has taken it along."""
         return not any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._state)))
+
+    @property
+    def num_programs(self) -> int:
+        """Compiled for this copy."""
+        return len(self._executables)
 
     def dispatch(self, schedule: Schedule) -> Pending:
         """Send a step to the device; returns at once.
@@ -192,8 +206,17 @@ class Runner:
             self._step(program, arrays[0])
 
     def _step(self, name: str, words: np.ndarray) -> StepOutputs:
-        self._cache, self._state, outputs = self._executables[name](self._params, self._cache, self._state, words)
-        return outputs
+        run = self._executables[name]
+        if self._spec.pool is not None:
+            self._cache, (self._state, outputs) = run(self._params, self._cache, self._state, words)
+            return outputs
+        self._cache, forward = run(self._params, self._cache, self._state.last_token, words)
+        num_sampled = self._packer.num_sampled(words)
+        if not num_sampled:
+            return StepOutputs(tokens=forward.rows, logprobs=None, prompt=forward.prompt)
+        sample = self._executables[_sample_name(min(size for size in self._programs.sample_sizes if size >= num_sampled))]
+        self._state, tokens, logprobs = sample(self._head, self._state, forward.hidden, forward.rows)
+        return StepOutputs(tokens=tokens, logprobs=logprobs, prompt=forward.prompt)
 
     def _update(self, name: str, *arguments: Any) -> None:
         if self._tell is not None:
@@ -238,6 +261,10 @@ class Runner:
                 self._update("seed_slot", np.int32(request.slot), *seed)
         if request.params.allowed_token_ids is not None and request.constraint is None:  # else it is part of every mask
             self.set_masks([request.slot], [pack_mask(request.params.allowed_token_ids, vocab_size)])
+
+
+def _sample_name(num_rows: int) -> str:
+    return f"sample_{num_rows}"
 
 
 def _token_logprobs(host: Logprobs, i: int, token: int, num_top: int, chosen: Sequence[int] = ()) -> TokenLogprobs:

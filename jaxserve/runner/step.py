@@ -1,13 +1,14 @@
-"""The jitted functions: one step of the engine, and the seeding of a slot's sampling state.
+"""The jitted functions: the two programs of a step.
 
-step: packed words -> batch -> decoder -> rows that sample -> logits -> tokens. Cache and slot state are donated.
+1. forward, one for each shape: packed words -> batch -> decoder -> the hidden states of the rows. The cache is donated.
+2. sample, one for each number of rows, whatever the shape: hidden states -> logits -> tokens. The state of the slots is donated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +17,26 @@ import jax.numpy as jnp
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.kv_cache import KVCache
 from jaxserve.models.params import ModelGraph, Params, merge_model
-from jaxserve.runner.pack import Layout, unpack
+from jaxserve.runner.pack import Layout, unpack, unpack_rows
 from jaxserve.runner.sampling import Logprobs, SamplingRows, SlotState, sample, token_logprobs
 
 _SCORE_CHUNK = 32  # tokens whose logits exist at a time while a prompt is scored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardOutputs:
+    """What the decoder gives back.
+
+    Args:
+      hidden: [M, D], of the last token of each row, from the first on; zeros beyond S.
+      rows: i32[ROW_WORDS, M], what sampling wants to know of them; see unpack_rows.
+      prompt: of each token's successor in its prompt, [T]; None unless the shape is of kind score.
+    """
+
+    hidden: jax.Array
+    rows: jax.Array
+    prompt: Logprobs | None
 
 
 @jax.tree_util.register_dataclass
@@ -28,9 +45,10 @@ class StepOutputs:
     """What a step gives back.
 
     Args:
-      tokens: i32[S]; meaningful for rows that sample.
-      logprobs: of those tokens; zeros if no row wants them.
-      prompt: of each token's successor in its prompt, [T]; None unless the shape is of kind score.
+      tokens: i32[S], of the rows up to the last one that samples or beyond; meaningful for those that sample. Of a step in which none
+        does, some array that is there when the step is done.
+      logprobs: of those tokens; zeros if no row wants them, None if none samples.
+      prompt: see ForwardOutputs.
       pooled: f32[S, width], vectors of the rows whose texts are complete, instead of tokens; None unless the shape is of kind pool.
     """
 
@@ -40,45 +58,63 @@ class StepOutputs:
     pooled: jax.Array | None = None
 
 
-Step = Callable[[Params, KVCache, Any, jax.Array], tuple[KVCache, Any, StepOutputs]]
+Forward = Callable[[Params, KVCache, jax.Array, jax.Array], tuple[KVCache, ForwardOutputs]]
+Sample = Callable[[Params, SlotState, jax.Array, jax.Array], tuple[SlotState, jax.Array, Logprobs]]
 
 
-def make_step(graphdef: ModelGraph, layout: Layout) -> Step:
-    """The step of one shape, to be jitted with the cache and the state donated."""
+def make_forward(graphdef: ModelGraph, layout: Layout) -> Forward:
+    """The decoder's part of the step of one shape, to be jitted with the cache donated."""
 
-    def step(params: Params, cache: KVCache, state: SlotState, packed: jax.Array) -> tuple[KVCache, SlotState, StepOutputs]:
+    def forward(params: Params, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> tuple[KVCache, ForwardOutputs]:
         model = merge_model(graphdef, params)
-        batch, rows, targets = unpack(packed, layout, state.last_token)
+        batch, rows, targets = unpack(packed, layout, last_token)
         last = jnp.clip(batch.query_start[1:] - 1, 0, layout.shape.tokens - 1)
         hidden, cache = model(batch, cache, last if layout.shape.kind == "prefill" else None)
-        rows_hidden = hidden[last] if layout.shape.kind == "score" else hidden
-        tokens, logprobs, state = _sample_rows(model, rows_hidden, rows, state, layout)
         prompt = _score(model, hidden, targets) if layout.shape.kind == "score" else None
-        return cache, state, StepOutputs(tokens=tokens, logprobs=logprobs, prompt=prompt)
+        hidden = hidden[last] if layout.shape.kind == "score" else hidden
+        hidden = jnp.pad(hidden, ((0, layout.max_rows - layout.shape.rows), (0, 0)))
+        return cache, ForwardOutputs(hidden=hidden, rows=rows, prompt=prompt)
 
-    step.__name__ = f"step_{layout.shape.name}"
-    return step
+    forward.__name__ = f"forward_{layout.shape.name}"
+    return forward
 
 
-def _sample_rows(
-    model: Decoder, hidden: jax.Array, rows: SamplingRows, state: SlotState, layout: Layout
+def make_sample(graphdef: ModelGraph, param_shapes: Mapping[str, Any], *, num_rows: int, block_rows: int) -> Sample:
+    """Head and sampler for the first num_rows rows of a step of any shape, to be jitted with the state donated.
+
+    Args:
+      param_shapes: abstract, of all parameters; the program takes those of the head alone.
+      block_rows: rows that are sampled at a time.
+    """
+
+    def sample_rows(head: Params, state: SlotState, hidden: jax.Array, rows: jax.Array) -> tuple[SlotState, jax.Array, Logprobs]:
+        model = merge_model(graphdef, {**param_shapes, **head})
+        own = model.own_logits(hidden[:num_rows])  # of all at once: what takes long is to read the head's weights
+        tokens, logprobs, state = _sample_blocks(model, own, unpack_rows(rows[:, :num_rows]), state, block_rows)
+        return state, tokens, logprobs
+
+    sample_rows.__name__ = f"sample_{num_rows}"
+    return sample_rows
+
+
+def _sample_blocks(
+    model: Decoder, own: jax.Array, rows: SamplingRows, state: SlotState, width: int
 ) -> tuple[jax.Array, Logprobs, SlotState]:
-    """Head and sampler over the last hidden states [S, D] of the rows, some rows at a time, up to the last row that samples."""
-    S, width = hidden.shape[0], layout.sample_rows
+    """Sample from this device's logits [S, V], `width` rows at a time, up to the last row that samples."""
+    S = own.shape[0]
     if width >= S:
-        return _sample_block(model.logits(hidden), rows, state)
+        return _sample_block(model.gather_logits(own), rows, state)
     padded_rows = jax.tree.map(lambda leaf: jnp.pad(leaf, (0, -S % width)), rows)
     padded_rows = dataclasses.replace(padded_rows, slot=jnp.pad(rows.slot, (0, -S % width), constant_values=-1))
-    source = model.own_logits(hidden) if layout.head_once else hidden
-    source = jnp.pad(source, ((0, -S % width), (0, 0)))
+    own = jnp.pad(own, ((0, -S % width), (0, 0)))
     num_used = jnp.max(jnp.where(rows.slot >= 0, jnp.arange(S) + 1, 0))
 
     def sample_at(start: jax.Array, state: SlotState) -> tuple[jax.Array, Logprobs, SlotState]:
-        here, its_rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width), (source, padded_rows))
-        return _sample_block(model.gather_logits(here) if layout.head_once else model.logits(here), its_rows, state)
+        here, its_rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width), (own, padded_rows))
+        return _sample_block(model.gather_logits(here), its_rows, state)
 
     shapes = jax.eval_shape(sample_at, jnp.int32(0), state)
-    empty = jax.tree.map(lambda leaf: jnp.zeros((len(source), *leaf.shape[1:]), leaf.dtype), shapes[:2])
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(own), *leaf.shape[1:]), leaf.dtype), shapes[:2])
 
     def body(block: jax.Array, carry: tuple[Any, SlotState]) -> tuple[Any, SlotState]:
         outputs, state = carry

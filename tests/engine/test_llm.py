@@ -336,3 +336,18 @@ def test_model_with_too_many_ends_of_sequence_is_refused(tmp_path: pathlib.Path)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(17))}))
     with pytest.raises(ConfigError, match="17 end-of-sequence tokens; at most 16"):
         LLM(str(directory), **SHAPES)
+
+
+def test_weights_are_random_and_not_read_when_the_format_is_dummy(tmp_path: pathlib.Path) -> None:
+    for file in tiny_model().iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    with pytest.raises(ConfigError, match="holds no weights"):
+        LLM(str(tmp_path), **SHAPES)
+    prompts = [[5, 17, 300], [8] * 40]
+    first, again = (
+        LLM(str(tmp_path), load_format="dummy", **SHAPES).generate(prompts, SamplingParams(max_tokens=9, ignore_eos=True, temperature=0))
+        for _ in range(2)
+    )
+    assert [len(result.outputs[0].token_ids) for result in first] == [9, 9]
+    assert [result.outputs[0].token_ids for result in first] == [result.outputs[0].token_ids for result in again]

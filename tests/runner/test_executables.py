@@ -141,7 +141,9 @@ def test_what_was_used_least_lately_goes_first(tmp_path: pathlib.Path, monkeypat
     assert len(left) == len(files(tmp_path)) == 2
 
 
-def test_an_engine_that_starts_again_lowers_no_step_and_answers_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_starts_again_lowers_no_program_and_answers_the_same(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {
         "max_rows": 2, "max_step_tokens": 16, "decode_rows": (2,), "prefill_tokens": (16,), "cache_bytes": 1 << 20, "page_size": 16,
         "cache_dir": str(tmp_path), "max_len": 64 + uuid.uuid4().int % 128,  # shapes that jax has not seen either
@@ -156,5 +158,6 @@ def test_an_engine_that_starts_again_lowers_no_step_and_answers_the_same(tmp_pat
 
     first = answers()
     monkeypatch.setattr(Programs, "lower_step", fail)
+    monkeypatch.setattr(Programs, "lower_sample", fail)
     monkeypatch.setattr(Programs, "lower_seed_slot", fail)
     assert answers() == first

@@ -23,12 +23,12 @@ SIZES = {"decode_rows": (64,), "prefill_tokens": (512,), "max_rows": 64, "max_st
 def test_step_is_in_place_and_copies_no_weights(kind: str, tokens: int, chip: str, model: str) -> None:
     """Of four layers, which fold into groups as all do: those of DeepSeek into a dense one and three with experts."""
     programs = make_programs(PUBLISHED[model][2], one_chip(chip), num_layers=4, **SIZES)
-    executable = compile_step(programs, chip, kind, tokens, NUM_PAGES)
+    forward, sampler = compile_step(programs, chip, kind, tokens, NUM_PAGES)
     experts = [leaf for path, leaf in programs.param_shapes.items() if re.search(r"experts\.(gate_up|down)$", path)]
     assert experts
     of_a_layer = max(num_bytes([leaf]) // leaf.shape[0] for leaf in experts)
     caches = jax.tree.leaves(programs.cache_shapes(NUM_PAGES))
-    aot.check_in_place(executable, caches, temporaries=of_a_layer - 1, fusions=False)
+    aot.check_in_place(forward, caches, temporaries=of_a_layer - 1, fusions=False)
     # Left to itself, XLA lays a table of 2,880 columns out column by column on a TPU, and turns it round in every step to gather its rows.
     weights = [*experts, programs.param_shapes["embed.weight"]]
-    assert not aot.copies_of(weights, executable, fusions=False, any_shape=False)
+    assert not any(aot.copies_of(weights, program, fusions=False, any_shape=False) for program in (forward, sampler))

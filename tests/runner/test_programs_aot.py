@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import pytest
@@ -23,14 +24,14 @@ def programs_for(chip: str, model: str) -> Programs:
     return make_programs(MODELS[model], one_chip(chip), decode_rows=(64, 256), prefill_tokens=(512, 2048))
 
 
-def traffic(executable: jax.stages.Compiled, programs: Programs, chip: str, model: str) -> float:
+def traffic(step: Sequence[jax.stages.Compiled], programs: Programs, chip: str, model: str) -> float:
     """Bytes that a step moves over those of the weights, read once. Contexts are data and come on top of both."""
-    text, cache = aot.text_of(executable), jax.tree.leaves(programs.cache_shapes(NUM_PAGES[model]))[0].size
-    moved = sum(hbm_bytes(text, but_not=cache).values())
+    forward, cache = aot.text_of(step[0]), jax.tree.leaves(programs.cache_shapes(NUM_PAGES[model]))[0].size
+    moved = sum(sum(hbm_bytes(aot.text_of(program), but_not=cache).values()) for program in step)
     if chip in aot.TPUS:  # where layers are a loop, elsewhere they are written out
         (repeats,) = {group.repeats for group in programs.groups}
         stacked = {leaf.size for path, leaf in programs.param_shapes.items() if path.startswith("groups.")}
-        moved += repeats * sum(layer_bytes(text, repeats=repeats, stacked=stacked, cache=cache).values())
+        moved += repeats * sum(layer_bytes(forward, repeats=repeats, stacked=stacked, cache=cache).values())
     looked_up = {"embed.weight"} if "head.weight" in programs.param_shapes else set()
     return moved / num_bytes(leaf for name, leaf in programs.param_shapes.items() if name not in looked_up)
 
@@ -43,11 +44,17 @@ def traffic(executable: jax.stages.Compiled, programs: Programs, chip: str, mode
 )
 def test_step_is_in_place_on_one_chip(model: str, kind: str, tokens: int, chip: str) -> None:
     programs = programs_for(chip, model)
-    executable = compile_step(programs, chip, kind, tokens, NUM_PAGES[model])
+    step = compile_step(programs, chip, kind, tokens, NUM_PAGES[model])
+    forward, *samplers = step
     caches = jax.tree.leaves(programs.cache_shapes(NUM_PAGES[model]))
-    aot.check_in_place(executable, caches, temporaries=0.02 * HBM[chip])
-    assert "all-gather" not in aot.text_of(executable)
-    times = traffic(executable, programs, chip, model)
+    aot.check_in_place(forward, caches, temporaries=0.02 * HBM[chip])
+    for sampler in samplers:
+        memory = aot.memory_of(sampler)
+        assert memory.alias_size_in_bytes >= num_bytes(jax.tree.leaves(programs.state_shapes))
+        assert memory.temp_size_in_bytes <= 0.02 * HBM[chip]
+        assert not aot.copies_of([programs.param_shapes[path] for path in programs.head_paths], sampler, fusions=False, any_shape=False)
+    assert all("all-gather" not in aot.text_of(program) for program in step)
+    times = traffic(step, programs, chip, model)
     print(f"{chip}, {model}, {kind} {tokens}: {times:.3f} times the bytes of the weights")
     assert times <= 1.05 or kind != "decode" or chip not in aot.TPUS
 
@@ -57,7 +64,8 @@ def test_step_is_in_place_on_one_chip(model: str, kind: str, tokens: int, chip: 
 def test_bias_by_distance_fits_in_plain_xla(chip: str) -> None:
     """MPNet's; without a kernel the cache, of two steps for an encoder, is copied where it is written, and padded on a TPU."""
     programs = programs_for(chip, "mpnet")
-    memory = aot.memory_of(compile_step(programs, chip, "pool", 512, NUM_PAGES["mpnet"]))
+    (step,) = compile_step(programs, chip, "pool", 512, NUM_PAGES["mpnet"])
+    memory = aot.memory_of(step)
     assert memory.alias_size_in_bytes >= num_bytes(jax.tree.leaves(programs.cache_shapes(NUM_PAGES["mpnet"])))
     assert memory.temp_size_in_bytes < (0.15 if chip in aot.TPUS else 0.02) * HBM[chip]
 
