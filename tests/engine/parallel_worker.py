@@ -16,7 +16,7 @@ from typing import Any
 from jaxserve import LLM, SamplingParams, StructuredOutputs
 from jaxserve.errors import ConfigError
 from jaxserve.llm import ids_of
-from tests.models.paged import COMPILER_OPTIONS
+from tests.compiling import COMPILER_OPTIONS
 
 SHAPES = {
     "max_rows": 4, "max_step_tokens": 16, "max_mixed_tokens": 8, "decode_rows": (4,), "prefill_tokens": (16,), "page_size": 8,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, gpu, grouped_matmul, tpu
 from pallas_kernels.grouped_matmul.cases import CASES, Case, make_inputs
+from tests.compiling import COMPILER_OPTIONS
 from tests.kernels import aot
 
 
@@ -37,7 +38,7 @@ def roomy(case: Case) -> Case:
 
 @functools.cache
 def jitted(implementation: str) -> Any:
-    options = {"xla_backend_optimization_level": 0} if implementation == "gpu" else None  # compiles faster
+    options = COMPILER_OPTIONS if implementation == "gpu" else None  # compiles faster
     return jax.jit(functools.partial(grouped_matmul, implementation=implementation), compiler_options=options)
 
 

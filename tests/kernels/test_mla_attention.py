@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tuning
 from pallas_kernels.mla_attention import cache_shape, mla_attention, tpu, tpu_plan
 from pallas_kernels.mla_attention.cases import CASES, Case, make_inputs
+from tests.compiling import COMPILER_OPTIONS
 from tests.kernels import aot
 
 POSITIONAL = ("q_latent", "q_rope", "latent", "rope_key", "pages", "layer")
@@ -36,7 +37,7 @@ def jitted(implementation: str, static: tuple[tuple[str, Any], ...], params: plt
         batch = {name: arrays[name] for name in arrays if name not in POSITIONAL}
         return mla_attention(*(arrays[name] for name in POSITIONAL), implementation=implementation, **batch, **dict(static))
 
-    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})  # what is interpreted runs fast and compiles slowly
+    return jax.jit(call, compiler_options=COMPILER_OPTIONS)  # what is interpreted runs fast and compiles slowly
 
 
 def run(implementation: str, inputs: dict[str, Any], params: pltpu.InterpretParams | None = None) -> tuple[np.ndarray, np.ndarray]:

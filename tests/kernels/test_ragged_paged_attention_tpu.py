@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import reference, tpu, tpu_plan
 from pallas_kernels.ragged_paged_attention.cases import CASES, COMMON, FEATURES, Case, make_inputs, pad_inputs
+from tests.compiling import COMPILER_OPTIONS
 
 ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks", "window")
 BY_NAME = {case.name: case for case in CASES}
@@ -56,7 +57,7 @@ def jitted(function: Any, static: tuple[tuple[str, Any], ...], params: pltpu.Int
         positional = [arrays[name] for name in ARRAYS[:5]]
         return function(*positional, **{name: arrays[name] for name in arrays if name not in ARRAYS[:5]}, **dict(static))
 
-    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})  # what is interpreted runs fast and compiles slowly
+    return jax.jit(call, compiler_options=COMPILER_OPTIONS)  # what is interpreted runs fast and compiles slowly
 
 
 def run(function: Any, inputs: dict[str, Any], params: pltpu.InterpretParams | None = None, **static: Any) -> tuple[np.ndarray, np.ndarray]:

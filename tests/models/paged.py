@@ -22,10 +22,9 @@ from jaxserve.models.spec import fold_layers, limit_length
 from jaxserve.sharding import WHOLE, Placement, Split, mesh_of, one_copy
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
+from tests.compiling import COMPILER_OPTIONS
 
 PAGE_SIZE = 8
-# Each program runs a few times on a tiny model: compiling is what takes the time, with fusion emitters twice as much of it.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 class PagedModel:

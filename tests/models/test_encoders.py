@@ -30,7 +30,7 @@ from jaxserve.models.pooling import finish_pool, pool_step, pooled_tokens
 from jaxserve.models.spec import DistanceBuckets, ModelSpec, NtkScaling, fold_layers
 from jaxserve.weights.checkpoint import open_checkpoint, read_config
 from jaxserve.weights.load import load_params
-from tests.models.paged import COMPILER_OPTIONS
+from tests.compiling import COMPILER_OPTIONS
 from tests.models.variants import shuffled
 
 VOCAB, PAGE_SIZE = 130, 8
