@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from tests.memory_maps import drop_compiled_programs
 
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxserve-tests" / "xla"
 
@@ -27,11 +27,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jaxserve"
 
 @pytest.fixture(autouse=True, scope="module")
 def _drop_compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Free what a module has compiled: each program takes memory maps, of which Linux gives a process 65,530."""
+    """What a module has compiled is not kept for others."""
     yield
     for value in list(vars(request.module).values()):
         if getattr(value, "__module__", None) == request.module.__name__ and hasattr(value, "cache_clear"):
             value.cache_clear()
-    gc.collect()
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    drop_compiled_programs()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import pytest
+
+from tests.memory_maps import drop_compiled_programs
 
 
 @pytest.fixture(autouse=True)
 def _drop_compiled_programs_of_a_test() -> Iterator[None]:
-    """Free what a test has compiled: a model takes about a thousand of the memory maps of which tests/conftest.py tells."""
+    """A module compiles more than there are memory maps for."""
     yield
-    jax.clear_caches()
+    drop_compiled_programs()

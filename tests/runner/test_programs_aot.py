@@ -10,6 +10,7 @@ import pytest
 
 from jaxserve.runner.memory import num_bytes
 from jaxserve.runner.programs import Programs
+from pallas_kernels import tuning
 from tests.kernels import aot
 from tests.runner.hlo_traffic import hbm_bytes, layer_bytes
 from tests.runner.published import BGE_LARGE, LLAMA_8B, MPNET_BASE, MPT_7B, compile_step, make_programs, one_chip
@@ -57,6 +58,15 @@ def test_step_is_in_place_on_one_chip(model: str, kind: str, tokens: int, chip: 
     times = traffic(step, programs, chip, model)
     print(f"{chip}, {model}, {kind} {tokens}: {times:.3f} times the bytes of the weights")
     assert times <= 1.05 or kind != "decode" or chip not in aot.TPUS
+
+
+@pytest.mark.aot
+def test_prompts_go_to_the_kernel_for_hopper_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "tuned", lambda device, op, key: {"mosaic": 1} if key.startswith("prefill") else None)
+    programs = make_programs(LLAMA_8B, one_chip("sm_90"), num_layers=4, decode_rows=(64,), prefill_tokens=(2048,))
+    forward, _ = compile_step(programs, "sm_90", "prefill", 2048, NUM_PAGES["llama"])
+    aot.check_in_place(forward, jax.tree.leaves(programs.cache_shapes(NUM_PAGES["llama"])), temporaries=0.02 * HBM["sm_90"])
+    assert aot.text_of(forward).count("prefill_hopper") >= 4
 
 
 @pytest.mark.aot
