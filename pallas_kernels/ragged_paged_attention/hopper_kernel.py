@@ -29,7 +29,9 @@ from pallas_kernels.ragged_paged_attention.reference import MASKED
 
 COMPUTERS = 2
 TILE_ROWS = 64  # of a computer: what a warpgroup multiplies at a time
-_COMPUTER_REGISTERS, _LOADER_REGISTERS = 240, 32  # of a thread; the multiprocessor has 512 for one of each warpgroup
+# Of each thread. A program starts with as many for all, multiples of 8 of the multiprocessor's 65,536; a computer waits for what it takes
+# beyond until the loader has given it up, so that both takings together may be no more.
+COMPUTER_REGISTERS, LOADER_REGISTERS = 232, 40
 
 Ref = Any
 State = tuple[jax.Array, jax.Array, jax.Array]
@@ -97,12 +99,12 @@ def prefill_kernel(plan: Plan, batch: Batch, out: Ref, shared: Shared) -> None:
 
         @pl.when(warpgroup == COMPUTERS)
         def _() -> None:
-            plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
             walk.load()
 
         @pl.when(warpgroup < COMPUTERS)
         def _() -> None:
-            plgpu.set_max_registers(_COMPUTER_REGISTERS, action="increase")
+            plgpu.set_max_registers(COMPUTER_REGISTERS, action="increase")
             walk.compute(warpgroup, out)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import tuning
-from pallas_kernels.ragged_paged_attention import gpu, gpu_plan, hopper
+from pallas_kernels.ragged_paged_attention import gpu, gpu_plan, hopper, hopper_kernel
 from tests.kernels import aot, hopper_interpreted
 
 Shape = jax.ShapeDtypeStruct
@@ -126,6 +126,14 @@ def test_engine_takes_it_where_it_was_measured_to_be_faster(monkeypatch: pytest.
     assert not plan_for(mosaic=False, page_size=32).prefill.mosaic
     assert not plan_for(mosaic=False, Hv=64).prefill.mosaic  # a key of its own
     assert plan_for(page_size=32).prefill.stages == 2  # asked for by name, and not measured
+
+
+def test_no_warpgroup_waits_for_registers_that_nobody_gives_up() -> None:
+    warpgroups = hopper_kernel.COMPUTERS + 1
+    at_launch = 65_536 // (128 * warpgroups) // 8 * 8  # of each thread: equal shares of the multiprocessor's, multiples of 8
+    asked = hopper_kernel.COMPUTERS * hopper_kernel.COMPUTER_REGISTERS + hopper_kernel.LOADER_REGISTERS
+    assert asked <= warpgroups * at_launch
+    assert hopper_kernel.COMPUTER_REGISTERS % 8 == hopper_kernel.LOADER_REGISTERS % 8 == 0
 
 
 def test_buffers_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
