@@ -163,7 +163,7 @@ def calls(case: Case, features: list[str], implementation: str | None) -> Iterat
     for feature in features:
         yield "jaxserve", feature, lambda feature=feature: ours(case, data(), FEATURES[feature], implementation)
     limits = tuning.gpu_limits()
-    if limits is not None and limits.is_hopper and not case.one_token_rows:
+    if implementation is None and limits is not None and limits.is_hopper and not case.one_token_rows:
         for feature in features:
             yield "jaxserve, Mosaic GPU", feature, lambda feature=feature: ours(case, data(), FEATURES[feature], "hopper")
     yield "jax.nn, dense", "plain", lambda: dense(case, data())
