@@ -44,6 +44,17 @@ PROMPT = Case(name="prompt", rows=((170, 1001),), num_heads=2, num_kv_heads=1, h
 MIXED = Case(
     name="mixed", rows=((70, 90), (1, 64), (0, 0), (5, 261), (1, 8)), num_heads=1, num_kv_heads=1, head_size=64, page_size=32, padding=3
 )
+
+
+def random_run(seed: int) -> Run:
+    """Five rows of any length, some of them empty or decodes, with every feature."""
+    rng = np.random.default_rng(seed)
+    counts = rng.choice([0, 1, 3, 20, 140], 5)
+    rows = tuple((int(count), int(count + (count > 0) * rng.integers(0, 300))) for count in counts)
+    case = Case(name="random", rows=rows, num_heads=1, num_kv_heads=1, head_size=64, page_size=int(2 ** rng.integers(3, 9)))
+    return Run(case=dataclasses.replace(case, padding=int(rng.integers(0, 20))), feature="all")
+
+
 RUNS = {
     "a prompt, more blocks than buffers, two heads on one": Run(case=PROMPT),
     "a prompt, every feature": Run(case=PROMPT, feature="all"),
@@ -56,6 +67,7 @@ RUNS = {
         case=Case(name="large", rows=((9, 300), (140, 140)), num_heads=1, num_kv_heads=1, head_size=128, page_size=256)
     ),
     "pages of 8": Run(case=Case(name="small", rows=((30, 41),), num_heads=1, num_kv_heads=1, head_size=64, page_size=8)),
+    **{f"random rows {seed}": random_run(seed) for seed in range(4)},
 }
 
 
