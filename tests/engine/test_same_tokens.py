@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "short chunks": {"max_step_tokens": 5, "prefill_tokens": (5,)},
     "prompts in steps of their own": {"max_mixed_tokens": 0},
     "no prefix cache": {"prefix_cache": False},
-    "rows sampled in blocks": {"max_rows": 20, "decode_rows": (20,)},
+    "one sampler for all steps": {"max_rows": 20, "decode_rows": (20,)},
     "no overlap": {"overlap": False},
     "scan over layers": {"layer_loop": "scan"},
     "small pages": {"page_size": 4},
