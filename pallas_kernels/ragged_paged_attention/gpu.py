@@ -176,12 +176,9 @@ def _mosaic_prefill(plan: Plan, batch: list[jax.Array], rows: jax.Array) -> jax.
     q = jnp.pad(q.reshape(-1, N, H), ((0, -plan.num_tokens % TILE_ALIGNMENT), (0, 0), (0, 0)))
 
     def kernel(*refs: Any, **shared: Any) -> None:
-        (scalars, query_start, kv_len, table, q, *heads), (row, start, end, pages, out) = refs[:-5], refs[-5:]
-        inputs = hopper_kernel.Batch(
-            scalars=scalars, query_start=query_start, kv_len=kv_len, table=table, q=q, slopes=heads[0] if plan.alibi else None,
-            sinks=heads[-1] if plan.sinks else None, block_row=row, block_start=start, block_end=end, pages=pages,
-        )  # fmt: skip
-        hopper_kernel.prefill_kernel(plan, inputs, out, hopper_kernel.Shared(**shared))
+        *inputs, block_row, block_start, block_end, rows, out = refs
+        inputs = _name(plan, [*inputs, rows])
+        hopper_kernel.prefill_kernel(plan, inputs, block_row, block_start, block_end, out, hopper_kernel.Shared(**shared))
 
     kernel.__name__ = f"{plan.op}_prefill_hopper"
     call = mosaic_gpu.kernel(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention.gpu_kernel import EMPTY, LOG2_E, base_2_scores, page_row, sees
+from pallas_kernels.ragged_paged_attention.gpu_kernel import EMPTY, LOG2_E, Batch, base_2_scores, page_row, sees
 from pallas_kernels.ragged_paged_attention.gpu_plan import Plan, cdiv
 from pallas_kernels.ragged_paged_attention.reference import MASKED
 
@@ -35,23 +35,6 @@ COMPUTER_REGISTERS, LOADER_REGISTERS = 232, 40
 
 Ref = Any
 State = tuple[jax.Array, jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """What every program reads of the GPU's memory."""
-
-    scalars: Ref  # i32[2]: layer, window
-    query_start: Ref  # i32[S + 1]
-    kv_len: Ref  # i32[S]
-    table: Ref  # i32[S * P]
-    q: Ref  # [T rounded up to 8, N, H]
-    slopes: Ref | None  # f32[N]
-    sinks: Ref | None  # f32[N]
-    block_row: Ref  # i32[blocks]: of which row a tile is; S for the padding
-    block_start: Ref  # its first token, a multiple of 8
-    block_end: Ref  # where its row ends
-    pages: Ref  # [R * num_pages * 2K * page_size, H], rows as in gpu_kernel.py
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +68,19 @@ def shared_types(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prefill_kernel(plan: Plan, batch: Batch, out: Ref, shared: Shared) -> None:
-    """Program (head, i): tokens block_start[i] .. block_end[i] of row block_row[i]; of row S, which is the padding: zeros.
+def prefill_kernel(plan: Plan, batch: Batch, block_row: Ref, block_start: Ref, block_end: Ref, out: Ref, shared: Shared) -> None:
+    """Program (head, i): tokens block_start[i], a multiple of 8, .. block_end[i] of row block_row[i]; of row S, the padding: zeros.
 
-    Args: [T, N, H] out.
+    Args:
+      batch: queries [T rounded up to 8, N, H], otherwise as in gpu_kernel.py.
+      out: [T, N, H].
     """
     head, block, warpgroup = (jax.lax.axis_index(name) for name in ("head", "block", "warpgroup"))
-    begin, end = batch.block_start[block], batch.block_end[block]
+    begin, end = block_start[block], block_end[block]
 
     @pl.when(begin < end)
     def _() -> None:
-        walk = _Walk(plan, batch, shared, head, batch.block_row[block], begin, end)
+        walk = _Walk(plan, batch, shared, head, block_row[block], begin, end)
 
         @pl.when(warpgroup == COMPUTERS)
         def _() -> None:
