@@ -142,9 +142,13 @@ def follow_leader(config: EngineConfig, metrics: Metrics) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
-    """What a configuration names, before it is loaded."""
+    """What a configuration names, before it is loaded.
 
-    path: pathlib.Path
+    Args:
+      weights: where they are; None if they are to be random numbers.
+    """
+
+    weights: pathlib.Path | None
     hf_config: HfConfig
     family: Family
     pooling: Pooling | None
@@ -156,7 +160,8 @@ class _Model:
 
 def _find_model(config: EngineConfig, metrics: Metrics, on_state: Callable[[str], None]) -> _Model:
     on_state("resolving the model")
-    need = "tokenizer" if config.model.load_format == "dummy" else "model"
+    is_dummy = config.model.load_format == "dummy"
+    need = "tokenizer" if is_dummy else "model"
     path = resolve_model(config.model.model, revision=config.model.revision, cache_dir=config.cache_path, need=need)
     hf_config = read_config(path)
     family, pooling = choose_family(config, hf_config, path)
@@ -169,7 +174,14 @@ def _find_model(config: EngineConfig, metrics: Metrics, on_state: Callable[[str]
     tokenizer = _load_tokenizer(config, path)
     eos_ids = _eos_ids(hf_config, generation, tokenizer, spec.vocab_size)
     return _Model(
-        path=path, hf_config=hf_config, family=family, pooling=pooling, spec=spec, defaults=defaults, tokenizer=tokenizer, eos_ids=eos_ids
+        weights=None if is_dummy else path,
+        hf_config=hf_config,
+        family=family,
+        pooling=pooling,
+        spec=spec,
+        defaults=defaults,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
     )
 
 
@@ -178,16 +190,16 @@ def _load_runners(
 ) -> tuple[Leader | Follower | None, _Model, list[Runner]]:
     """Every copy of the model, ready, and the other processes that have it too."""
     group = meet(config.parallel, _identity(config))
-    model, is_dummy = _find_model(config, metrics, on_state), config.model.load_format == "dummy"
+    model = _find_model(config, metrics, on_state)
     if group is not None:
-        group.agree({"model": fingerprint(model.spec, None if is_dummy else model.path)})
+        group.agree({"model": fingerprint(model.spec, model.weights)})
     started_s = time.monotonic()
     plan = plan_mesh(config, model.spec)
     log.info(plan.table())
     runners = [Runner(model.spec, model.family, config, target, eos_ids=model.eos_ids) for target in plan.targets]
     on_state("loading")
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        weights_future = pool.submit(_load_weights, runners, None if is_dummy else model.path, model.pooling)
+        weights_future = pool.submit(_load_weights, runners, model.weights, model.pooling)
         _compile(runners, metrics, on_state)
         weights_future.result()
     log.info("ready in seconds=%.1f\n%s\n%s", time.monotonic() - started_s, plan.table(), runners[0].memory.table())
