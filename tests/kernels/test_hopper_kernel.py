@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import gpu, gpu_plan, hopper, hopper_kernel
 from tests.kernels import aot, hopper_interpreted
+from tests.kernels.gpu_plans import plan_for
 
 Shape = jax.ShapeDtypeStruct
 HOPPER = tuning.GpuLimits(name="nvidia_h200", shared_bytes=227 * tuning.KIB, converts_float8=True, is_hopper=True)
@@ -81,21 +82,8 @@ def test_kernel_compiles_in_place(name: str) -> None:
 # --- the plan
 
 
-def plan_for(limits: tuning.GpuLimits | None = HOPPER, **changed: Any) -> gpu_plan.Plan:
-    sizes: dict[str, Any] = {
-        "T": 2048, "S": 16, "K": 2, "G": 4, "H": 128, "Hv": 128, "page_size": 16, "dtypes": ("bfloat16", "bfloat16"), "mosaic": True,
-    } | changed  # fmt: skip
-    T, S, K, G, H, Hv, page_size, (query, cache), mosaic = sizes.values()
-
-    def array(dtype: str, *shape: int) -> Any:
-        return Shape(shape, dtype)
-
-    q, k, v, pages = (T, K * G, H), (T, K, H), (T, K, Hv), gpu.cache_shape(1, 99, page_size, K, H)
-    return gpu_plan.make_plan(
-        array(query, *q), array(query, *k), array(query, *v), array(cache, *pages), page_table=array("int32", S, 64), sm_scale=1.0,
-        causal=True, windowed=False, softcap=None, alibi=False, sinks=False, k_scale=1.0, v_scale=1.0, one_token_rows=False, limits=limits,
-        mosaic=mosaic,
-    )  # fmt: skip
+def hopper_plan(**changed: Any) -> gpu_plan.Plan:
+    return plan_for(**{"T": 2048, "S": 16, "limits": HOPPER, "mosaic": True} | changed)
 
 
 @pytest.mark.parametrize(
@@ -104,28 +92,28 @@ def plan_for(limits: tuning.GpuLimits | None = HOPPER, **changed: Any) -> gpu_pl
         ({"limits": tuning.SMALLEST_GPU}, "is for Hopper"),
         ({"dtypes": ("bfloat16", "int8")}, "cache of int8"),
         ({"dtypes": ("float32", "float32")}, "queries of float32"),
-        ({"H": 80, "Hv": 80}, "head size 80"),
-        ({"Hv": 64}, "values of 64"),
+        ({"H": 80}, "head size 80"),
+        ({"value_size": 64}, "values of 64"),
         ({"page_size": 4}, "pages of 4"),
         ({"page_size": 24}, "pages of 24"),
     ],
 )
 def test_kernel_refuses_with_a_reason(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        plan_for(**changed)
+        hopper_plan(**changed)
 
 
 def test_engine_takes_it_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def tuned(device: str, op: str, key: str) -> dict[str, int] | None:
         return {"mosaic": 1, "stages": 3, "context": 64} if key == "prefill bfloat16/bfloat16 K2 G4 H128 page16" else None
 
-    assert not plan_for(mosaic=False).prefill.mosaic
+    assert not hopper_plan(mosaic=False).prefill.mosaic
     monkeypatch.setattr(tuning, "tuned", tuned)
-    found = plan_for(mosaic=False).prefill
+    found = hopper_plan(mosaic=False).prefill
     assert (found.mosaic, found.stages, found.context, found.rows, found.heads) == (True, 3, 64, 128, 1)
-    assert not plan_for(mosaic=False, page_size=32).prefill.mosaic
-    assert not plan_for(mosaic=False, Hv=64).prefill.mosaic  # a key of its own
-    assert plan_for(page_size=32).prefill.stages == 2  # asked for by name, and not measured
+    assert not hopper_plan(mosaic=False, page_size=32).prefill.mosaic
+    assert not hopper_plan(mosaic=False, value_size=64).prefill.mosaic  # a key of its own
+    assert hopper_plan(page_size=32).prefill.stages == 2  # asked for by name, and not measured
 
 
 def test_no_warpgroup_waits_for_registers_that_nobody_gives_up() -> None:
@@ -139,14 +127,14 @@ def test_no_warpgroup_waits_for_registers_that_nobody_gives_up() -> None:
 def test_buffers_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "tuned", lambda *_: {"mosaic": 1, "stages": 3, "context": 128})
     with pytest.raises(NotImplementedError, match="3 buffers of 128 keys"):
-        plan_for(mosaic=False)
-    assert plan_for(mosaic=False, H=64, Hv=64).prefill.stages == 3
+        hopper_plan(mosaic=False)
+    assert hopper_plan(mosaic=False, H=64).prefill.stages == 3
 
 
 @given(st.lists(st.integers(0, 300), min_size=5, max_size=5), st.integers(0, 40))
 def test_tiles_begin_aligned_and_cover_every_long_row_and_the_padding_once(counts: list[int], padding: int) -> None:
     query_start = np.cumsum([0, *counts]).astype(np.int32)
-    plan = plan_for(T=max(int(query_start[-1]) + padding, 1), S=5)
+    plan = hopper_plan(T=max(int(query_start[-1]) + padding, 1), S=5)
     row, start, end = (np.asarray(x) for x in gpu._prefill_blocks(plan, jnp.asarray(query_start)))
     begins = np.append(query_start[:-1], query_start[-1])  # of each row; the padding is the last one
     covered = [t for s, a, b in zip(row, start, end, strict=True) for t in range(max(a, begins[s]), min(a + 128, b))]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention import gpu, gpu_plan, reference
 from pallas_kernels.ragged_paged_attention.cases import CASES, COMMON, FEATURES, Case, make_inputs, pad_inputs
+from tests.kernels.gpu_plans import plan_for
 
 ARRAYS = ("q", "k", "v", "pages", "layer", "page_table", "query_start", "kv_len", "alibi_slopes", "sinks", "window")
 TOKENS = ("q", "k", "v")
@@ -221,29 +222,6 @@ def test_kernels_equal_reference_on_random_batches(data: st.DataObject) -> None:
 
 
 # --- the plan
-
-
-def plan_for(
-    *,
-    T: int = 64,
-    S: int = 8,
-    K: int = 2,
-    G: int = 4,
-    H: int = 128,
-    P: int = 64,
-    page_size: int = 16,
-    num_pages: int = 99,
-    dtypes: tuple[str, str] = ("bfloat16", "bfloat16"),
-) -> gpu_plan.Plan:
-    def array(dtype: str, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    query, cache = dtypes
-    new, pages = array(query, T, K, H), array(cache, *gpu.cache_shape(1, num_pages, page_size, K, H))
-    return gpu_plan.make_plan(
-        array(query, T, K * G, H), new, new, pages, page_table=array("int32", S, P), sm_scale=1.0, causal=True, windowed=False,
-        softcap=None, alibi=True, sinks=True, k_scale=1.0, v_scale=1.0, one_token_rows=False, limits=None,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", range(1, 257))
